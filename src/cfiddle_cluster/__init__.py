@@ -1,0 +1,1 @@
+"""The administrator's side of the cluster: one module for each thing that it drives."""
