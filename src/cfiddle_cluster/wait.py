@@ -1,0 +1,35 @@
+"""Wait for a state, with a deadline."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from cfiddle_cluster.errors import ClusterError
+
+T = TypeVar("T")
+
+
+def wait_until(
+    predicate: Callable[[], T], *, timeout_s: float, interval_s: float = 0.2, what: str, remedy: str = ""
+) -> T:
+    """Call the predicate until it returns something true, and return that.
+
+    Args:
+        predicate: what is asked; asked at least once, and once more when the time is up.
+        timeout_s: how long to wait, in seconds.
+        interval_s: the pause between two calls, in seconds.
+        what: what is waited for, as it stands in the error.
+        remedy: what to do when it does not come.
+
+    Raises:
+        ClusterError: the time is up.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        late = time.monotonic() >= deadline
+        value = predicate()
+        if value:
+            return value
+        if late:
+            raise ClusterError(f"waited {timeout_s:.0f} s in vain: {what}", remedy)
+        time.sleep(interval_s)
