@@ -1,0 +1,145 @@
+"""Home directories: HOME_ROOT on the head, exported to the workers or bound into simulated ones, or a server of one's own."""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from cfiddle_cluster.commands import run
+from cfiddle_cluster.config import Config
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.packages import ensure_packages
+
+EXPORTS = Path("/etc/exports.d/cfiddle-cluster.exports")
+
+# A client that waits for its server loses nothing; `soft` would turn a pause of the network into lost writes. (nfs(5))
+_NFS_OPTIONS = "nfsvers=4.2,proto=tcp,hard,timeo=600,retrans=2,nosuid,nodev"
+
+
+def is_external(config: Config) -> bool:
+    """Whether homes are on a server that existed before the cluster and is not this machine."""
+    return config.home_storage == "nfs" and bool(config.home_server)
+
+
+def volume_options(config: Config) -> dict[str, str]:
+    """Return the local volume driver's options (type, o, device) for /home, the same on every machine.
+
+    HOME_SERVER is `HOST` or `HOST:PATH`; without a path it exports HOME_ROOT.
+    """
+    if config.home_storage == "bind":
+        return {"type": "none", "o": "bind", "device": str(config.home_root)}
+    server, path = _server(config)
+    return {"type": "nfs", "o": f"addr={server},{_NFS_OPTIONS}", "device": f":{path}"}
+
+
+def exports(config: Config) -> str:
+    """Return the line of exports(5): HOME_ROOT for the workers and the head itself, and for nobody else; root there is nobody here."""
+    path = str(config.home_root).replace("\\", "\\134").replace(" ", "\\040")
+    options = "rw,sync,root_squash,no_subtree_check"
+    clients = " ".join(f"{address}({options})" for address in dict.fromkeys([*config.worker_addrs, config.head_addr]))
+    return f"{path} {clients}\n"
+
+
+def ensure_homes(config: Config) -> None:
+    """Make HOME_ROOT, and export it where workers mount it from here."""
+    if is_external(config):
+        return
+    ensure_root(config)
+    if config.home_storage == "nfs":
+        _ensure_export(config)
+
+
+def ensure_root(config: Config) -> None:
+    """Make HOME_ROOT, root's own: who could write there could put a link where a home is expected.
+
+    Raises:
+        ClusterError: it is something else.
+    """
+    root = config.home_root
+    root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    found = os.lstat(root)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
+        raise ClusterError(
+            f"HOME_ROOT {root} is not a directory that only root can write",
+            f"run: chown root {root} && chmod 0755 {root}   or set another HOME_ROOT in config.sh",
+        )
+    if found.st_mode & 0o777 != 0o755:
+        root.chmod(0o755)
+
+
+def ensure_home(config: Config, name: str, *, uid: int, gid: int) -> None:
+    """Make the user's home, empty, with mode 0700; on an external server its administrator does.
+
+    Raises:
+        ClusterError: something else has that name.
+    """
+    if is_external(config):
+        return
+    ensure_root(config)
+    home = config.home_root / name
+    if not os.path.lexists(home):
+        os.mkdir(home, 0o700)
+    found = os.lstat(home)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, uid):
+        raise ClusterError(
+            f"{home} exists and is not the home of uid {uid} (it belongs to uid {found.st_uid})",
+            f"move it away, or if it shall be that home: chown -R {uid}:{gid} {home}",
+        )
+    if found.st_uid == 0:
+        os.chown(home, uid, gid, follow_symlinks=False)
+        os.chmod(home, 0o700)
+
+
+def delete_home(config: Config, name: str) -> None:
+    """Delete a home with all that is in it; links in it are removed, not followed.
+
+    Raises:
+        ClusterError: it is on an external server.
+    """
+    if is_external(config):
+        server, path = _server(config)
+        raise ClusterError(f"the home of {name} is on {server}", f"delete {path}/{name} there; then run this again without --delete-home")
+    home = config.home_root / name
+    if os.path.lexists(home):
+        shutil.rmtree(home)
+
+
+def purge(config: Config) -> None:
+    """Withdraw the export and delete all homes; what is on an external server stays."""
+    if EXPORTS.exists():
+        EXPORTS.unlink()
+        run(["exportfs", "-ra"], timeout_s=30)
+    if not is_external(config) and config.home_root.exists():
+        shutil.rmtree(config.home_root)
+        if config.home_root.parent.name == "cfiddle-cluster" and not any(config.home_root.parent.iterdir()):
+            config.home_root.parent.rmdir()
+
+
+def kernel_has_nfs_server() -> bool:
+    """Whether this machine's kernel can export a directory; loads the module where it is one."""
+    if shutil.which("modprobe"):
+        try:
+            run(["modprobe", "nfsd"], timeout_s=30)
+        except ClusterError:
+            return False
+    return any(line.split()[-1] == "nfsd" for line in Path("/proc/filesystems").read_text().splitlines())
+
+
+def _server(config: Config) -> tuple[str, str]:
+    server, _, path = (config.home_server or config.head_addr).partition(":/")
+    return server, f"/{path}" if path else str(config.home_root)
+
+
+def _ensure_export(config: Config) -> None:
+    if not kernel_has_nfs_server():
+        raise ClusterError(
+            "this machine's kernel cannot serve NFS (no nfsd), so real workers would have no /home",
+            "set HOME_STORAGE=nfs and HOME_SERVER=HOST:PATH in config.sh for a server that exists, or use a kernel with nfsd as head",
+        )
+    ensure_packages(["nfs-kernel-server"])
+    text = exports(config)
+    if not EXPORTS.exists() or EXPORTS.read_text() != text:
+        EXPORTS.parent.mkdir(parents=True, exist_ok=True)
+        EXPORTS.write_text(text)
+        EXPORTS.chmod(0o644)
+    run(["exportfs", "-ra"], timeout_s=30)
