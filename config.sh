@@ -1,0 +1,39 @@
+# shellcheck shell=bash disable=SC2034
+# Everything that an administrator sets, once. Plain shell: the scripts source it, and ./invoke reads it through the shell.
+
+# --- The machines ---------------------------------------------------------------------------------------------------
+# Addresses of the workers, separated by spaces. Empty: simulated machines on this one, to try it all on a laptop.
+# An address is reached by SSH; it may be the head's own, which then is a worker too.
+WORKER_ADDRS=""
+# The address under which the workers reach this machine, the head. Empty: found by itself.
+HEAD_ADDR=""
+# Who logs in on the workers (root, or a user with sudo that asks for no password), and with which private key.
+# No key: the ones that ssh finds, or its agent.
+SSH_USER="root"
+SSH_KEY=""
+
+# --- Simulated machines (when WORKER_ADDRS is empty) ----------------------------------------------------------------
+# How many, and the CPUs and megabytes of memory that each has for Slurm. 0: this machine's, shared out.
+# More CPUs than there are let wide jobs be tried; measurements are void then.
+LOCAL_WORKERS=2
+LOCAL_WORKER_CPUS=0
+LOCAL_WORKER_MEMORY_MB=0
+
+# --- Home directories -----------------------------------------------------------------------------------------------
+# Where they are on the head. In the cluster's containers this is /home; the machine's own /home is never touched.
+HOME_ROOT="/srv/cfiddle-cluster/home"
+# bind (simulated machines), nfs (real ones), or empty: chosen by itself.
+# With HOME_STORAGE=nfs and HOME_SERVER=ADDRESS an NFS server that exists already is used; HOME_ROOT is its export then.
+HOME_STORAGE=""
+HOME_SERVER=""
+
+# --- What people reach ----------------------------------------------------------------------------------------------
+JUPYTER_PORT=8888
+
+# --- Images ---------------------------------------------------------------------------------------------------------
+# Empty: through the cluster's own registry on the head. Otherwise through this account at Docker Hub (or at IMAGE_REGISTRY).
+DOCKERHUB_USERNAME=""
+IMAGE_REGISTRY=""
+REGISTRY_PORT=5000
+# The release of Debian that all images are made of.
+DEBIAN_RELEASE="trixie"

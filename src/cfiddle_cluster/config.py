@@ -1,0 +1,193 @@
+"""What the administrator has set in config.sh, read through the shell that also the scripts source it with."""
+
+import difflib
+import ipaddress
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfiddle_cluster.errors import ClusterError
+
+CLUSTER = "cfiddle"
+STACK = "slurm-stack"
+LABEL = f"cfiddle.cluster={CLUSTER}"
+STATE_DIR = Path("/var/lib/cfiddle-cluster")
+
+SIMULATED_NETWORK = ipaddress.IPv4Network("172.31.240.0/24")
+SIMULATED_HEAD_ADDR = "172.31.240.1"
+MAX_LOCAL_WORKERS = 64
+
+KNOBS = (
+    "WORKER_ADDRS",
+    "HEAD_ADDR",
+    "SSH_USER",
+    "SSH_KEY",
+    "LOCAL_WORKERS",
+    "LOCAL_WORKER_CPUS",
+    "LOCAL_WORKER_MEMORY_MB",
+    "HOME_ROOT",
+    "HOME_STORAGE",
+    "HOME_SERVER",
+    "JUPYTER_PORT",
+    "DOCKERHUB_USERNAME",
+    "IMAGE_REGISTRY",
+    "REGISTRY_PORT",
+    "DEBIAN_RELEASE",
+)
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+_ACCOUNT = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
+_REMEDY = "correct config.sh; its comments say what each setting means"
+
+# Prints the settings, NUL-separated, and names that look like settings but are none (`?NAME`).
+_READ = r"""
+set -a -u
+before=" $(compgen -v | tr '\n' ' ') before "
+source "$1" >&2 || exit 1
+for name in $(compgen -v); do
+    [[ $name =~ ^[A-Z][A-Z0-9_]*$ && $name != BASH* && $name != PIPESTATUS ]] || continue
+    if [[ " $2 " == *" $name "* ]]; then
+        printf '%s=%s\0' "$name" "${!name}"
+    elif [[ $before != *" $name "* ]]; then
+        printf '?%s\0' "$name"
+    fi
+done
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What config.sh says; the comments there explain each setting.
+
+    Attributes:
+        root: the checkout.
+        local_worker_cpus: CPUs of a simulated worker as told to Slurm; 0 for the machine's own, shared out.
+        local_worker_memory_mb: its memory in megabytes; 0 likewise.
+        state_dir: where secrets and the list of users are kept.
+    """
+
+    root: Path
+    head_addr: str
+    worker_addrs: tuple[str, ...]
+    ssh_user: str
+    ssh_key: str
+    local_workers: int
+    local_worker_cpus: int
+    local_worker_memory_mb: int
+    home_root: Path
+    home_storage: str
+    home_server: str
+    jupyter_port: int
+    dockerhub_username: str
+    image_registry: str
+    registry_port: int
+    debian_release: str
+    state_dir: Path = STATE_DIR
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the workers are simulated machines on this one."""
+        return not self.worker_addrs
+
+
+def load(root: Path) -> Config:
+    """Read config.sh of a checkout.
+
+    Raises:
+        ClusterError: it cannot be read, or settings are wrong: all of them in one message.
+    """
+    return from_settings(root, _read(root / "config.sh"))
+
+
+def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
+    """Check the settings and make the configuration of them.
+
+    Raises:
+        ClusterError: settings are wrong: all of them in one message.
+    """
+    faults: list[str] = []
+
+    def number(name: str, least: int, most: int) -> int:
+        text = settings.get(name, "")
+        if re.fullmatch(r"-?[0-9]{1,9}", text) and least <= int(text) <= most:
+            return int(text)
+        faults.append(f"{name} is {text!r}; it must be a whole number from {least} to {most}")
+        return least
+
+    def text(name: str, pattern: re.Pattern[str], meaning: str) -> str:
+        value = settings.get(name, "")
+        if value and not pattern.fullmatch(value):
+            faults.append(f"{name} is {value!r}, which is no {meaning}")
+        return value
+
+    workers = tuple(settings.get("WORKER_ADDRS", "").split())
+    faults += [f"WORKER_ADDRS has {addr!r}, which is no address" for addr in workers if not _HOST.fullmatch(addr)]
+    faults += [f"WORKER_ADDRS has {addr} twice" for addr in sorted({a for a in workers if workers.count(a) > 1})]
+    head = text("HEAD_ADDR", _HOST, "address")
+    server = text("HOME_SERVER", _HOST, "address")
+    storage = settings.get("HOME_STORAGE", "") or ("nfs" if workers or server else "bind")
+    if storage not in ("bind", "nfs"):
+        faults.append(f"HOME_STORAGE is {storage!r}; it must be bind, nfs or empty")
+    elif storage == "bind" and [addr for addr in workers if addr != head]:
+        faults.append("HOME_STORAGE=bind reaches no other machine than the head: with WORKER_ADDRS set it must be nfs")
+    elif storage == "bind" and server:
+        faults.append("HOME_SERVER is set, but HOME_STORAGE is bind: it must be nfs")
+    home_root = settings.get("HOME_ROOT", "")
+    if not re.fullmatch(r"/[^\s:,'\"\\$]+", home_root) or ".." in home_root.split("/"):
+        faults.append(f"HOME_ROOT is {home_root!r}; it must be an absolute path without blanks, commas and colons")
+    elif Path(home_root) in (Path("/home"), Path("/root"), Path("/srv"), Path("/usr"), Path("/var"), Path("/etc")):
+        faults.append(f"HOME_ROOT is {home_root}, which is the machine's own; choose a directory of its own")
+    ssh_key = settings.get("SSH_KEY", "")
+    if ssh_key and not Path(ssh_key).expanduser().is_file():
+        faults.append(f"SSH_KEY is {ssh_key!r}; there is no such file")
+    config = Config(
+        root=root,
+        head_addr=head,
+        worker_addrs=workers,
+        ssh_user=text("SSH_USER", _ACCOUNT, "account's name") or "root",
+        ssh_key=str(Path(ssh_key).expanduser()) if ssh_key else "",
+        local_workers=number("LOCAL_WORKERS", 1, MAX_LOCAL_WORKERS),
+        local_worker_cpus=number("LOCAL_WORKER_CPUS", 0, 1024),
+        local_worker_memory_mb=number("LOCAL_WORKER_MEMORY_MB", 0, 4 << 20),
+        home_root=Path(home_root),
+        home_storage=storage,
+        home_server=server,
+        jupyter_port=number("JUPYTER_PORT", 1, 65535),
+        dockerhub_username=text("DOCKERHUB_USERNAME", _ACCOUNT, "account's name"),
+        image_registry=settings.get("IMAGE_REGISTRY", ""),
+        registry_port=number("REGISTRY_PORT", 1, 65535),
+        debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",
+    )
+    if config.jupyter_port == config.registry_port:
+        faults.append(f"JUPYTER_PORT and REGISTRY_PORT are both {config.jupyter_port}")
+    if faults:
+        raise ClusterError("config.sh: " + "\n           ".join(faults), _REMEDY)
+    return config
+
+
+def _read(path: Path) -> dict[str, str]:
+    checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if checked.returncode:
+        raise ClusterError(f"config.sh cannot be read:\n{checked.stderr.strip()}", "correct the line it names")
+    done = subprocess.run(
+        ["env", "-i", "bash", "--noprofile", "--norc", "-c", _READ, "bash", path, " ".join(KNOBS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+    )
+    if done.returncode:
+        raise ClusterError(f"config.sh cannot be read:\n{done.stderr.strip()}", "correct the line it names")
+    words = done.stdout.split("\0")[:-1]
+    unknown = [word[1:] for word in words if word.startswith("?")]
+    if unknown:
+        raise ClusterError("config.sh: " + "; ".join(_unknown(name) for name in unknown), _REMEDY)
+    return dict(word.split("=", 1) for word in words)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOBS, n=1)
+    return f"{name} is no setting" + (f" (did you mean {near[0]}?)" if near else "")
