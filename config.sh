@@ -31,9 +31,9 @@ HOME_SERVER=""
 JUPYTER_PORT=8888
 
 # --- Images ---------------------------------------------------------------------------------------------------------
-# Empty: through the cluster's own registry on the head. Otherwise through this account at Docker Hub (or at IMAGE_REGISTRY).
+# Empty: through the cluster's own registry on the head. Otherwise through this account at Docker Hub, or, as HOST:PORT/NAME,
+# through an account at another registry. Its password or access token is taken from DOCKERHUB_TOKEN, once.
 DOCKERHUB_USERNAME=""
-IMAGE_REGISTRY=""
 REGISTRY_PORT=5000
 # The release of Debian that all images are made of.
 DEBIAN_RELEASE="trixie"

@@ -32,13 +32,13 @@ KNOBS = (
     "HOME_SERVER",
     "JUPYTER_PORT",
     "DOCKERHUB_USERNAME",
-    "IMAGE_REGISTRY",
     "REGISTRY_PORT",
     "DEBIAN_RELEASE",
 )
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
+_REGISTRY_ACCOUNT = re.compile(r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9][a-z0-9._-]*")
 _REMEDY = "correct config.sh; its comments say what each setting means"
 
 # Prints the settings, NUL-separated, and names that look like settings but are none (`?NAME`).
@@ -81,7 +81,6 @@ class Config:
     home_server: str
     jupyter_port: int
     dockerhub_username: str
-    image_registry: str
     registry_port: int
     debian_release: str
     state_dir: Path = STATE_DIR
@@ -155,8 +154,7 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         home_storage=storage,
         home_server=server,
         jupyter_port=number("JUPYTER_PORT", 1, 65535),
-        dockerhub_username=text("DOCKERHUB_USERNAME", _ACCOUNT, "account's name"),
-        image_registry=settings.get("IMAGE_REGISTRY", ""),
+        dockerhub_username=text("DOCKERHUB_USERNAME", _REGISTRY_ACCOUNT, "account's name"),
         registry_port=number("REGISTRY_PORT", 1, 65535),
         debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",
     )
