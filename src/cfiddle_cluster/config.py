@@ -3,6 +3,7 @@
 import difflib
 import ipaddress
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
     workers = tuple(settings.get("WORKER_ADDRS", "").split())
     faults += [f"WORKER_ADDRS has {addr!r}, which is no address" for addr in workers if not _HOST.fullmatch(addr)]
     faults += [f"WORKER_ADDRS has {addr} twice" for addr in sorted({a for a in workers if workers.count(a) > 1})]
-    head = text("HEAD_ADDR", _HOST, "address")
+    head = text("HEAD_ADDR", _HOST, "address") or _own_address(workers)
     server = text("HOME_SERVER", _HOST, "address")
     storage = settings.get("HOME_STORAGE", "") or ("nfs" if workers or server else "bind")
     if storage not in ("bind", "nfs"):
@@ -160,6 +161,8 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
     )
     if config.jupyter_port == config.registry_port:
         faults.append(f"JUPYTER_PORT and REGISTRY_PORT are both {config.jupyter_port}")
+    if not head:
+        faults.append("HEAD_ADDR is empty, and the way to the first worker does not tell this machine's address; set it")
     if faults:
         raise ClusterError("config.sh: " + "\n           ".join(faults), _REMEDY)
     return config
@@ -184,6 +187,18 @@ def _read(path: Path) -> dict[str, str]:
     if unknown:
         raise ClusterError("config.sh: " + "; ".join(_unknown(name) for name in unknown), _REMEDY)
     return dict(word.split("=", 1) for word in words)
+
+
+def _own_address(workers: tuple[str, ...]) -> str:
+    """Return the address from which this machine reaches the first worker; nothing is sent."""
+    if not workers:
+        return SIMULATED_HEAD_ADDR
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((workers[0], 22))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _unknown(name: str) -> str:

@@ -1,0 +1,251 @@
+"""Machines: hosts with a Docker Engine. The head is the one we stand on, the others are reached by OpenSSH.
+
+Simulated machines are driven by the same code; only their SSH key and host keys are the cluster's own.
+"""
+
+import http.client
+import io
+import json
+import shlex
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cfiddle_cluster.commands import CommandError, docker_cli, run
+from cfiddle_cluster.config import Config
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.state import State
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 10
+CONTROL_PERSIST_S = 60
+SSH_FAILED = 255
+"""ssh's own exit status when it could not connect or log in."""
+PARALLEL = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A host with an engine.
+
+    Attributes:
+        name: its short hostname, which is its node's name too.
+        addr: the address that it is reached at.
+        roles: of `head` and `worker`.
+        simulated: whether it is a container on the head.
+        ssh: the ssh command up to the destination's command; empty for the machine we stand on.
+        sudo: whether commands need sudo there.
+    """
+
+    name: str
+    addr: str
+    roles: frozenset[str]
+    simulated: bool = False
+    ssh: tuple[str, ...] = ()
+    sudo: bool = False
+
+    def run(
+        self, argv: Sequence[str | Path], *, timeout_s: float, input: str | bytes | None = None
+    ) -> str:
+        """Run a command there, as root, and return what it wrote to its standard output.
+
+        Raises:
+            CommandError: it ended with another status than 0 or not in time.
+            ClusterError: the machine cannot be reached.
+        """
+        try:
+            return run(self.argv(argv), timeout_s=timeout_s, input=input)
+        except CommandError as error:
+            if self.ssh and error.returncode == SSH_FAILED:
+                raise self._unreachable(error) from error
+            raise
+
+    def script(self, text: str, args: Sequence[str] = (), *, timeout_s: float) -> str:
+        """Run a shell script there, as root, with arguments; it travels on standard input."""
+        return self.run(["bash", "-s", "--", *args], timeout_s=timeout_s, input=text)
+
+    def argv(self, argv: Sequence[str | Path]) -> list[str]:
+        """Return the local command that runs this one there."""
+        words = [str(word) for word in argv]
+        if not self.ssh:
+            return words
+        return [*self.ssh, shlex.join(["sudo", "-n", *words] if self.sudo else words)]
+
+    def engine_get(self, path: str, *, timeout_s: float = 60) -> Any:
+        """Ask the machine's engine; return its answer, parsed.
+
+        Raises:
+            EngineError: the engine refuses.
+        """
+        return self._engine("GET", path, None, timeout_s)
+
+    def engine_post(self, path: str, body: Any = None, *, timeout_s: float = 120) -> Any:
+        """Tell the machine's engine something; what is in the body is in no argument list.
+
+        Raises:
+            EngineError: the engine refuses.
+        """
+        return self._engine("POST", path, body, timeout_s)
+
+    def _engine(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        data = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        client = docker_cli() if not self.ssh else "docker"
+        argv = self.argv([client, "--host", "unix:///var/run/docker.sock", "system", "dial-stdio"])
+        try:
+            done = subprocess.run(
+                argv, input=head.encode() + data, capture_output=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(f"the engine of {self.name} did not answer {method} {path} in {timeout_s:.0f} s") from error
+        if not done.stdout:
+            error_text = done.stderr.decode(errors="replace")
+            failure = CommandError(argv, done.returncode, error_text, f"ended with status {done.returncode}")
+            raise self._unreachable(failure) if self.ssh and done.returncode == SSH_FAILED else failure
+        answer = http.client.HTTPResponse(_Reply(done.stdout), method=method)  # type: ignore[arg-type]
+        answer.begin()
+        text = answer.read().decode(errors="replace")
+        if answer.status >= 400:
+            raise EngineError(self.name, answer.status, text)
+        return json.loads(text) if text.strip() else None
+
+    def _unreachable(self, error: CommandError) -> ClusterError:
+        said = error.output.lower()
+        user = self.ssh[-1]
+        if "host key verification failed" in said or "identification has changed" in said:
+            known = next((word.partition("=")[2] for word in self.ssh if word.startswith("UserKnownHostsFile=")), "")
+            return ClusterError(
+                f"{self.addr} shows another host key than the known one, or one that is not known yet:\n{error.output}",
+                f"make sure that it is the right machine, then run: ssh-keygen -f {known} -R {self.addr}",
+            )
+        if "permission denied" in said:
+            return ClusterError(
+                f"{self.addr} does not let {user} in:\n{error.output}",
+                f"set SSH_USER and SSH_KEY in config.sh so that this works without a question: ssh {user}",
+            )
+        return ClusterError(
+            f"{self.addr} cannot be reached by SSH:\n{error.output}",
+            f"see that the address in config.sh is right and that this works: ssh {user}",
+        )
+
+
+class EngineError(ClusterError):
+    """A machine's engine refused a request.
+
+    Attributes:
+        status: the HTTP status.
+        explanation: what the engine says.
+    """
+
+    def __init__(self, machine: str, status: int, text: str) -> None:
+        self.status = status
+        try:
+            self.explanation = str(json.loads(text)["message"])
+        except (ValueError, KeyError, TypeError):
+            self.explanation = text.strip()
+        super().__init__(f"the engine of {machine} refuses: {self.explanation}")
+
+
+class _Reply:
+    """What `http.client` reads an answer from."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self._data)
+
+
+def short_hostname() -> str:
+    """Return this machine's name as its node has it."""
+    return socket.gethostname().partition(".")[0]
+
+
+def head(config: Config) -> Machine:
+    """Return the machine we stand on."""
+    roles = {"head", "worker"} if config.head_addr in config.worker_addrs else {"head"}
+    return Machine(name=short_hostname(), addr=config.head_addr, roles=frozenset(roles))
+
+
+def simulated_worker(state: State, name: str, addr: str) -> Machine:
+    """Return a simulated machine by its name and address."""
+    options = {"IdentityFile": str(state.path("ssh/id_ed25519")), "StrictHostKeyChecking": "yes"}
+    ssh = _ssh(state, "root", addr, options)
+    return Machine(name=name, addr=addr, roles=frozenset({"worker"}), simulated=True, ssh=ssh)
+
+
+def real_worker(config: Config, state: State, addr: str) -> Machine:
+    """Return a machine by its address; it is asked for its name.
+
+    A host key that is not known yet is shown and asked for once when there is a terminal, and refused otherwise.
+
+    Raises:
+        ClusterError: it cannot be reached, or its user has no right to become root.
+    """
+    options = {"StrictHostKeyChecking": "ask" if _has_terminal() else "yes"}
+    if config.ssh_key:
+        options["IdentityFile"] = config.ssh_key
+    sudo = config.ssh_user != "root"
+    unnamed = Machine(
+        name=addr,
+        addr=addr,
+        roles=frozenset({"worker"}),
+        ssh=_ssh(state, config.ssh_user, addr, options),
+        sudo=sudo,
+    )
+    name = unnamed.run(["hostname", "-s"], timeout_s=CONNECT_TIMEOUT_S + 20).strip()
+    return Machine(name=name, addr=addr, roles=unnamed.roles, ssh=unnamed.ssh, sudo=sudo)
+
+
+def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list[T]:
+    """Do something with every machine at once; return the results in the machines' order.
+
+    Raises:
+        ClusterError: it failed on at least one; the message tells of all of them.
+    """
+    listed = list(machines)
+    with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
+        futures = [pool.submit(action, machine) for machine in listed]
+    errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None and not isinstance(error, ClusterError):
+            raise error
+    failed = [(machine, error) for machine, error in zip(listed, errors, strict=True) if isinstance(error, ClusterError)]
+    if failed:
+        message = "\n".join(f"{machine.name}: {error.message}" for machine, error in failed)
+        raise ClusterError(message, failed[0][1].remedy) from failed[0][1]
+    return [future.result() for future in futures]
+
+
+def _has_terminal() -> bool:
+    try:
+        with open("/dev/tty"):
+            return True
+    except OSError:
+        return False
+
+
+def _ssh(state: State, user: str, addr: str, options: dict[str, str]) -> tuple[str, ...]:
+    settings = {
+        "BatchMode": "no" if options["StrictHostKeyChecking"] == "ask" else "yes",
+        "PasswordAuthentication": "no",
+        "KbdInteractiveAuthentication": "no",
+        "ConnectTimeout": str(CONNECT_TIMEOUT_S),
+        "ServerAliveInterval": "10",
+        "ServerAliveCountMax": "3",
+        "UserKnownHostsFile": str(state.path("ssh/known_hosts")),
+        "GlobalKnownHostsFile": "/dev/null",
+        "ControlMaster": "auto",
+        "ControlPath": str(state.path("ssh/control-%C")),
+        "ControlPersist": str(CONTROL_PERSIST_S),
+        "LogLevel": "ERROR",
+        **options,
+    }
+    words = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+    return ("ssh", "-F", "/dev/null", "-T", *words, f"{user}@{addr}")
