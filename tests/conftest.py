@@ -1,0 +1,68 @@
+"""What all tests share: their order, a time limit for each, and the live cluster with a short report on failure."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from live import PATIENCE, SERVICES, LiveCluster, docker
+
+ORDER = ("unit", "images", "cluster", "attacks", "faults")
+"""The cheap ones first, those that break things last."""
+
+TIMEOUT_S = 300
+REPORT_LINES = 60
+
+HERE = Path(__file__).resolve().parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker that says how long a test may take by its nature."""
+    config.addinivalue_line("markers", "last: runs after all others of its directory")
+
+
+def _rank(item: pytest.Item) -> tuple[int, bool]:
+    directory = item.path.relative_to(HERE).parts[0]
+    return ORDER.index(directory) if directory in ORDER else len(ORDER), item.get_closest_marker("last") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests into order and give each a time limit, after which every thread's stack is printed."""
+    items.sort(key=_rank)
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit = marker.args[0] if marker else TIMEOUT_S
+        item.add_marker(pytest.mark.timeout(limit * PATIENCE), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Add what the cluster looks like to the report of a failed test."""
+    report = yield
+    cluster = item.funcargs.get("cluster") if hasattr(item, "funcargs") else None
+    if report.failed and isinstance(cluster, LiveCluster):
+        report.sections.append(("the cluster", "\n".join(islice(cluster.report(), REPORT_LINES))))
+    return report
+
+
+@pytest.fixture(scope="session")
+def cluster() -> LiveCluster:
+    """Return the live cluster; fail, rather than skip, when none runs."""
+    listing = docker("service", "ls", "--format", "{{.Name}} {{.Replicas}}", timeout_s=30)
+    missing = [name for name in SERVICES if f"slurm-stack_{name} " not in listing.stdout]
+    if missing:
+        pytest.fail(f"no cluster runs here ({', '.join(missing)} missing): ./invoke up", pytrace=False)
+    return LiveCluster()
+
+
+@pytest.fixture
+def left_as_found(cluster: LiveCluster) -> Iterator[None]:
+    """Prove that the cluster is idle before a test and after it; a failed one leaves nothing to the next."""
+    cluster.wait_until_idle(timeout_s=90)
+    yield
+    try:
+        cluster.wait_until_idle(timeout_s=60)
+    except AssertionError:
+        cluster.cancel_all()
+        raise
