@@ -1,0 +1,95 @@
+"""Run a method of an object somewhere else: in another process, in a Slurm job, in a sandbox on a worker.
+
+    from delegate_function import DelegateChain, SandboxDelegate, SlurmDelegate
+
+    delegate = DelegateChain(SlurmDelegate, SandboxDelegate)()
+    value = delegate.invoke(experiment, "run", 1000)
+
+Names are loaded when they are first used: a process on the way of a call needs few of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
+if TYPE_CHECKING:
+    from typing import Any
+
+    from delegate_function.caller import CallInfo as CallInfo
+    from delegate_function.delegates import BaseDelegate as BaseDelegate
+    from delegate_function.delegates import DelegateChain as DelegateChain
+    from delegate_function.delegates import SandboxDelegate as SandboxDelegate
+    from delegate_function.delegates import SlurmDelegate as SlurmDelegate
+    from delegate_function.delegates import SubprocessDelegate as SubprocessDelegate
+    from delegate_function.delegates import TrivialDelegate as TrivialDelegate
+    from delegate_function.delegates import shell_hook as shell_hook
+    from delegate_function.errors import CallNotSent as CallNotSent
+    from delegate_function.errors import ConfigurationError as ConfigurationError
+    from delegate_function.errors import ConnectionLost as ConnectionLost
+    from delegate_function.errors import DelegateFunctionException as DelegateFunctionException
+    from delegate_function.errors import HopFailed as HopFailed
+    from delegate_function.errors import JobCancelled as JobCancelled
+    from delegate_function.errors import JobError as JobError
+    from delegate_function.errors import JobRejected as JobRejected
+    from delegate_function.errors import JobTimeout as JobTimeout
+    from delegate_function.errors import LimitExceeded as LimitExceeded
+    from delegate_function.errors import NodeFailed as NodeFailed
+    from delegate_function.errors import NotOffered as NotOffered
+    from delegate_function.errors import ProcessDied as ProcessDied
+    from delegate_function.errors import RemoteError as RemoteError
+    from delegate_function.errors import RemoteTraceback as RemoteTraceback
+    from delegate_function.errors import ResultNotReturned as ResultNotReturned
+    from delegate_function.errors import SandboxRefused as SandboxRefused
+    from delegate_function.errors import VersionMismatch as VersionMismatch
+    from delegate_function.generator import DelegateGenerator as DelegateGenerator
+    from delegate_function.generator import LateBoundYAMLDelegate as LateBoundYAMLDelegate
+    from delegate_function.generator import YAMLDelegate as YAMLDelegate
+    from delegate_function.testing import PDBClass as PDBClass
+    from delegate_function.testing import ShellCommandClass as ShellCommandClass
+    from delegate_function.testing import TestClass as TestClass
+
+_MODULES = {
+    "caller": ["CallInfo"],
+    "delegates": [
+        "BaseDelegate",
+        "DelegateChain",
+        "SandboxDelegate",
+        "SlurmDelegate",
+        "SubprocessDelegate",
+        "TrivialDelegate",
+        "shell_hook",
+    ],
+    "errors": [
+        "CallNotSent",
+        "ConfigurationError",
+        "ConnectionLost",
+        "DelegateFunctionException",
+        "HopFailed",
+        "JobCancelled",
+        "JobError",
+        "JobRejected",
+        "JobTimeout",
+        "LimitExceeded",
+        "NodeFailed",
+        "NotOffered",
+        "ProcessDied",
+        "RemoteError",
+        "RemoteTraceback",
+        "ResultNotReturned",
+        "SandboxRefused",
+        "VersionMismatch",
+    ],
+    "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
+    "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

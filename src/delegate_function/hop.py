@@ -1,0 +1,291 @@
+"""A hop's process: take a call's frames on standard input, hand them to the next hop, and bring back what comes.
+
+It never opens the pickle. It starts the next hop (or, as the last, forks the process in which the call runs), passes
+frames both ways, turns output into frames, and says where something went wrong. When the side it serves is silent for
+too long or gone, it ends, and with it everything behind it.
+
+Run as `python3 -I -m delegate_function.hop`; until it must start something, it needs little of the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+import time
+
+from delegate_function import frames, launch, slurm
+from delegate_function.errors import ConnectionLost, DelegateFunctionException, HopFailed, LimitExceeded, to_wire
+
+TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
+if TYPE_CHECKING:
+    from typing import Any
+
+_SPEC_S = 10.0
+_DRAIN_S = 5.0
+_FROM_THE_CALL = frozenset((frames.RESULT, frames.DATA, frames.CREDIT, frames.END))
+
+
+def describe(kind: Any, number: Any, of: Any, node: str = "") -> str:
+    """Return the name of a hop for people: "hop 2 of 3 (sandbox on c1)"."""
+    return f"hop {number} of {of} ({kind}{f' on {node}' if node else ''})"
+
+
+class Relay:
+    """One call on its way through this process."""
+
+    def __init__(self, up: frames.Link, spec: dict[str, Any], where: str) -> None:
+        self._up = up
+        self._poller = frames.Poller()
+        self._credit = frames.WINDOW
+        self._written = 0
+        self._over = False
+        self._end_held = False
+        self._ending_since: float | None = None
+        self._explanation: list[DelegateFunctionException] | None = None
+        self.where = where
+        self._number = int(spec["hop"])
+        self._next = self._start(spec)
+        self._call_is_next = not isinstance(self._next, launch.Process)
+        for fd in self._next.outputs:
+            os.set_blocking(fd, False)
+
+    def _start(self, spec: dict[str, Any]) -> launch.Next:
+        hops = list(spec["hops"])
+        if not hops:
+            return launch.Worker(spec, self.where)
+        kind = hops[0].get("type")
+        self._number += 1
+        local = os.uname().nodename if kind in ("subprocess", "sandbox") else ""
+        self.where = describe(kind, self._number, spec["of"], local)
+        following = {**spec, "hops": hops[1:], "hop": self._number, "kind": kind}
+        if kind == "sandbox":
+            # What lies where on this machine's disk is none of the sandbox's business.
+            following.pop("directory", None)
+            following.pop("path", None)
+        process = launch.start(hops[0], self.where)
+        process.link.send(frames.encode_json(frames.SPEC, following))
+        return process
+
+    def run(self, waiting: list[tuple[bytes, bytes]]) -> None:
+        """Pass frames, first those that wait already, until the call is over or nobody waits for it any more."""
+        try:
+            self._take(waiting)
+            while not self._over:
+                try:
+                    self._step()
+                except frames.ProtocolError as error:
+                    self._fail(HopFailed(f"sent what does not belong there: {error}", where=self.where))
+            finish_sending(self._up, self._poller)
+        finally:
+            self._next.kill()
+
+    def _step(self) -> None:
+        up, down = self._up, self._next.link
+        reads = [] if self._next.ended or self._explanation is not None else [self._next.wake_fd]
+        if down.congested:
+            up.watch()
+        else:
+            reads.append(up.read_fd)
+        if up.congested:
+            down.watch()
+        else:
+            reads += [] if down.closed else [down.read_fd]
+            reads += self._next.outputs if self._credit > 0 else []
+        ready = self._poller.wait(reads, [link.write_fd for link in (up, down) if link.pending], [up, down])
+        for fd in [fd for fd in self._next.outputs if fd in ready]:
+            self._pump(fd)
+        if up.read_fd in ready:
+            self._from_up()
+        if down.read_fd in ready and not self._over:
+            self._from_down()
+        if self._next.wake_fd in ready and not self._next.ended:
+            self._next.on_wake()
+        for link in (up, down):
+            link.flush()
+            link.beat()
+        if up.silent:
+            self._over = True
+        if self._over:
+            return
+        if self._call_is_next:
+            self._check_call()
+        else:
+            self._check_process()
+
+    def _from_up(self) -> None:
+        self._take(self._up.receive())
+        if self._up.closed:
+            self._over = True
+
+    def _take(self, received: list[tuple[bytes, bytes]]) -> None:
+        for kind, content in received:
+            if kind == frames.CREDIT and self._call_is_next:
+                stream, count = frames.decode_credit(content)
+                if stream == frames.OUTPUT_STREAM:
+                    self._credit += count
+                    continue
+            self._next.link.send(frames.encode(kind, content))
+
+    def _from_down(self) -> None:
+        for kind, content in self._next.link.receive():
+            if self._call_is_next:
+                # Where the call runs is not to be believed: it can send its result, and nothing else.
+                if kind not in _FROM_THE_CALL or self._end_held:
+                    raise frames.ProtocolError(f"frame {kind!r} from the call")
+                if kind == frames.END:
+                    self._end_held = True
+                    continue
+            elif kind == frames.HELLO:
+                self._greet(frames.decode_json(content))
+            self._up.send(frames.encode(kind, content))
+            if kind in (frames.END, frames.ERROR):
+                self._over = True
+                return
+
+    def _greet(self, greeting: dict[str, Any]) -> None:
+        if greeting.get("hop") == self._number and isinstance(self._next, launch.Process):
+            self.where = str(greeting.get("where"))
+            self._next.job_id = greeting.get("job")
+
+    def _pump(self, fd: int) -> bool:
+        """Pass on what was written to standard output or error; return whether there may be more at once."""
+        if self._over or self._credit <= 0:
+            return False
+        try:
+            data = os.read(fd, min(frames.CHUNK, self._credit))
+        except BlockingIOError:
+            return False
+        if not data:
+            del self._next.outputs[fd]
+            os.close(fd)
+            return False
+        self._credit -= len(data)
+        self._written += len(data)
+        self._up.send(frames.encode(self._next.outputs[fd], data))
+        limit = self._next.output_limit
+        if limit is not None and self._written > limit:
+            text = f"killed, output limit of {limit // 1024**2} MB"
+            self._fail(LimitExceeded(text, where=self.where, limit="output"))
+        return not self._over
+
+    def _check_call(self) -> None:
+        """End when the call's process has: first its output, then what is known of it, then the end."""
+        if not (self._end_held or self._next.ended or self._next.link.closed):
+            return
+        if not self._next.ended:
+            if self._ending_since is None:
+                self._ending_since = time.monotonic()
+            elif time.monotonic() - self._ending_since > _DRAIN_S:
+                self._next.kill()
+                self._next.ended = True
+            return
+        # What it left running may still hold its channel and its output: only what is there already counts.
+        while not (self._end_held or self._next.link.closed) and _readable(self._next.link.read_fd):
+            self._from_down()
+        for fd in list(self._next.outputs):
+            while self._pump(fd):
+                pass
+        if self._over or (self._next.outputs and self._credit <= 0):
+            return
+        if not self._end_held:
+            self._fail(self._next.explain())
+            return
+        known = {"hop": self._number, "where": self.where, **self._next.usage()}
+        self._up.send(frames.encode_json(frames.INFO, known), frames.encode(frames.END))
+        self._over = True
+
+    def _check_process(self) -> None:
+        """Find out why the next hop's process ended or fell silent, without falling silent meanwhile."""
+        if self._explanation:
+            self._fail(self._explanation[0])
+        elif self._explanation is None and (self._next.link.closed or self._next.link.silent):
+            self._explanation = []
+            threading.Thread(target=self._explain, args=(self._explanation,), daemon=True).start()
+
+    def _explain(self, found: list[DelegateFunctionException]) -> None:
+        try:
+            found.append(explain(self._next, self.where))
+        except Exception as error:
+            found.append(HopFailed(f"ended, and why cannot be found out: {error}", where=self.where))
+
+    def _fail(self, error: DelegateFunctionException) -> None:
+        self._up.send(frames.encode_json(frames.ERROR, to_wire(error)))
+        self._over = True
+
+
+def explain(process: launch.Next, where: str) -> DelegateFunctionException:
+    """Return why a hop's process is of no more use: it ended, or it was silent."""
+    if process.link.closed:
+        return process.explain()
+    job_id = process.job_id if isinstance(process, launch.Process) else None
+    known = f"; {slurm.state(job_id)}" if job_id else ""
+    return ConnectionLost(f"was not heard of for {frames.SILENCE_S} s{known}", where=where, job_id=job_id)
+
+
+def finish_sending(link: frames.Link, poller: frames.Poller) -> None:
+    """Write what is pending, as long as the other side takes it."""
+    deadline = time.monotonic() + _DRAIN_S
+    while link.pending and not link.closed and time.monotonic() < deadline:
+        poller.wait([], [link.write_fd], [])
+        link.flush()
+
+
+def _readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+def _receive_spec(up: frames.Link) -> tuple[dict[str, Any], list[tuple[bytes, bytes]]] | None:
+    """Return the call's header and the frames that came with it; nothing if the caller is gone."""
+    deadline = time.monotonic() + _SPEC_S
+    poller = frames.Poller()
+    while time.monotonic() < deadline and not up.closed:
+        if up.read_fd in poller.wait([up.read_fd], [], []) and (received := up.receive()):
+            if received[0][0] != frames.SPEC:
+                raise frames.ProtocolError(f"frame {received[0][0]!r} at the start")
+            return frames.decode_json(received[0][1]), received[1:]
+    return None
+
+
+def serve(read_fd: int, write_fd: int) -> None:
+    """Serve one call whose frames come and go over the two descriptors."""
+    up = frames.Link(read_fd, write_fd)
+    received = _receive_spec(up)
+    if received is None:
+        return
+    spec, waiting = received
+    where = describe(spec.get("kind"), spec["hop"], spec["of"], os.uname().nodename)
+    greeting = {
+        "hop": spec["hop"],
+        "kind": spec.get("kind"),
+        "where": where,
+        "node": os.uname().nodename,
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID") if spec.get("kind") == "slurm" else None,
+    }
+    up.send(frames.encode_json(frames.HELLO, greeting))
+    try:
+        relay = Relay(up, spec, where)
+    except DelegateFunctionException as error:
+        up.send(frames.encode_json(frames.ERROR, to_wire(error)))
+        finish_sending(up, frames.Poller())
+        return
+    relay.run(waiting)
+
+
+def main() -> None:
+    """Serve a call over standard input and output; what else writes to standard output goes to standard error."""
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    serve(read_fd, write_fd)
+    sys.stderr.flush()
+    # A thread may still wait for an agent that does not answer.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

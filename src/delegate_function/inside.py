@@ -1,0 +1,407 @@
+"""The process in which a call runs: it opens the pickle, calls the method, sends the result, and ends.
+
+In a sandbox it is started as `python3 -I -m delegate_function.inside [--import MODULE…]`: it imports them, connects
+to the agent's socket, says that it is ready, and serves the one call whose descriptors it is handed. Elsewhere a hop's
+process forks and serves the call with `serve`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import pickle
+import shutil
+import socket
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from delegate_function import files, frames
+
+SOCKET = "/run/cfiddle/sandbox.sock"
+_TEXT_LIMIT = 60_000
+_PICKLING = ("__getstate__", "__reduce__", "__reduce_ex__")
+
+
+class Channel:
+    """The last link of a call, seen from its end: blocking, without beats (the other side watches this process)."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._decoder = frames.Decoder()
+        self._waiting: list[tuple[bytes, bytes]] = []
+        self._budget = frames.WINDOW
+        os.set_blocking(fd, True)
+
+    def send(self, frame: bytes) -> None:
+        """Write one frame."""
+        view = memoryview(frame)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def receive(self) -> tuple[bytes, bytes]:
+        """Return the next frame; raise EOFError when the caller is gone."""
+        while not self._waiting:
+            data = os.read(self._fd, frames.MAX_FRAME)
+            if not data:
+                raise EOFError("the caller is gone")
+            self._decoder.feed(data)
+            self._waiting = list(self._decoder)
+        return self._waiting.pop(0)
+
+    def receive_data(self, size: int) -> Iterator[bytes]:
+        """Yield the next `size` bytes of the payload as they come."""
+        while size:
+            kind, content = self.receive()
+            if kind == frames.CREDIT:
+                self._take_credit(content)
+                continue
+            if kind != frames.DATA or len(content) > size:
+                raise frames.ProtocolError(f"unexpected frame {kind!r} in the payload")
+            size -= len(content)
+            self.send(frames.encode_credit(frames.PAYLOAD_STREAM, len(content)))
+            yield content
+
+    def send_data(self, data: bytes | memoryview) -> None:
+        """Send bytes of the result, as far as the caller uses them up."""
+        view = memoryview(data)
+        while view:
+            while not self._budget:
+                kind, content = self.receive()
+                if kind == frames.CREDIT:
+                    self._take_credit(content)
+            piece = view[: min(frames.CHUNK, self._budget)]
+            self._budget -= len(piece)
+            self.send(frames.encode(frames.DATA, piece))
+            view = view[len(piece) :]
+
+    def _take_credit(self, content: bytes) -> None:
+        stream, count = frames.decode_credit(content)
+        if stream == frames.RESULT_STREAM:
+            self._budget += count
+
+
+class _Failure(Exception):
+    """The call cannot be served; `code` is that of the exception that the caller sees."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Part:
+    """A piece of the result: bytes in memory or a file."""
+
+    def __init__(self, header: dict[str, Any], data: bytes | memoryview | None = None, fd: int = -1) -> None:
+        self.header = header
+        self._data = data
+        self._fd = fd
+
+    def send(self, channel: Channel) -> None:
+        """Send the bytes that the header announced."""
+        if self._data is not None:
+            channel.send_data(self._data)
+            return
+        left = int(self.header["size"])
+        while left:
+            piece = os.read(self._fd, min(left, frames.CHUNK))
+            # A file that shrinks while it is read is filled with zeros: its size is announced already.
+            channel.send_data(piece or bytes(min(left, frames.CHUNK)))
+            left -= len(piece) or min(left, frames.CHUNK)
+        os.close(self._fd)
+
+
+def serve(channel_fd: int, out_fd: int, err_fd: int, spec: dict[str, Any] | None = None) -> NoReturn:
+    """Serve one call over the channel with its output to the two descriptors, and end this process.
+
+    `spec` is the call's header where it was read already; otherwise it comes over the channel first.
+    """
+    _take_output(out_fd, err_fd)
+    channel = Channel(channel_fd)
+    try:
+        if spec is None:
+            kind, content = channel.receive()
+            if kind != frames.SPEC:
+                raise frames.ProtocolError(f"unexpected frame {kind!r} at the start")
+            spec = frames.decode_json(content)
+        _Server(channel, spec).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)
+    except BaseException:
+        traceback.print_exc()
+        _flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def _take_output(out_fd: int, err_fd: int) -> None:
+    for fd, target in ((out_fd, 1), (err_fd, 2)):
+        if fd != target:
+            os.dup2(fd, target)
+            os.close(fd)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+    _line_buffer_c_output()
+
+
+def _line_buffer_c_output() -> None:
+    """Let C and C++ code's output appear line by line too (into a pipe it would come at the end)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(ValueError):
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 4096)  # 1: _IOLBF
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    import ctypes
+
+    ctypes.CDLL(None).fflush(None)
+
+
+class _Server:
+    """One call at its end."""
+
+    def __init__(self, channel: Channel, spec: dict[str, Any]) -> None:
+        self._channel = channel
+        self._spec = spec
+        self._outputs = [str(path) for path in spec.get("outputs", ())]
+        self._directory = ""
+        self._error: dict[str, Any] | None = None
+        self._attributes: frozenset[str] = frozenset()
+
+    def run(self) -> None:
+        """Receive, call, and send the result."""
+        header: dict[str, Any] = {"python": list(sys.version_info[:3])}
+        parts: list[_Part] = []
+        try:
+            self._check_versions()
+            self._enter_directory()
+            parts = self._call(self._receive())
+            parts += self._output_parts()
+            total = sum(int(part.header["size"]) for part in parts)
+            if total > frames.MAX_TRANSFER:
+                raise _Failure("not-returned", f"the result has {total} bytes; at most {frames.MAX_TRANSFER} travel")
+        except (_Failure, files.FileError) as failure:
+            code = failure.code if isinstance(failure, _Failure) else "not-returned"
+            self._error = {"failure": code, "text": str(failure)}
+            parts = []
+        if self._error:
+            header["error"] = self._error
+        header["parts"] = [part.header for part in parts]
+        _flush()
+        self._channel.send(frames.encode_json(frames.RESULT, header))
+        for part in parts:
+            part.send(self._channel)
+        if self._directory:
+            os.chdir("/")
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._channel.send(frames.encode(frames.END))
+
+    def _check_versions(self) -> None:
+        theirs = tuple(self._spec.get("python", ())[:2])
+        ours = sys.version_info[:2]
+        if self._spec.get("v") != frames.VERSION:
+            raise _Failure("version", f"the call has version {self._spec.get('v')!r}, here it is {frames.VERSION}")
+        if theirs != ours:
+            raise _Failure(
+                "version",
+                f"the caller runs Python {'.'.join(map(str, theirs))}, here it is {'.'.join(map(str, ours))}; "
+                "compiled functions do not travel between them",
+            )
+
+    def _enter_directory(self) -> None:
+        """Go where the call runs: a new directory if files travel with it or nothing says where else."""
+        directory = self._spec.get("directory")
+        if directory is not None and not self._outputs and not self._inputs():
+            with contextlib.suppress(OSError):
+                os.chdir(directory)
+                self._extend_path()
+                return
+        self._directory = tempfile.mkdtemp(prefix="call-")
+        os.chdir(self._directory)
+        self._extend_path()
+
+    def _extend_path(self) -> None:
+        """Find the modules that the caller finds, where this is a process of the caller's on a shared disk."""
+        for entry in self._spec.get("path", ()):
+            if entry not in sys.path and os.path.exists(entry):
+                sys.path.append(entry)
+
+    def _inputs(self) -> list[dict[str, Any]]:
+        return [part for part in self._spec["parts"] if part["kind"] == "input"]
+
+    def _receive(self) -> bytearray:
+        call = bytearray()
+        root = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for part in self._spec["parts"]:
+                data = self._channel.receive_data(int(part["size"]))
+                if part["kind"] == "call":
+                    for piece in data:
+                        call += piece
+                    continue
+                [path] = files.checked([part["path"]])
+                try:
+                    new = files.NewFile(root, path, int(part["mode"]))
+                    for piece in data:
+                        new.write(piece)
+                    new.commit()
+                except files.FileError as error:
+                    raise _Failure("not-sent", f"a file of the call cannot be written there: {error}") from error
+        finally:
+            os.close(root)
+        return call
+
+    def _call(self, call: bytearray) -> list[_Part]:
+        """Open the pickle, call the method, pack what came of it."""
+        try:
+            obj, method, arguments, keywords = pickle.loads(call)
+        except BaseException as error:
+            self._error = _described(error)
+            self._error["text"] = f"the call could not be unpickled: {self._error['type']}: {self._error['text']}"
+            self._error["failure"] = "remote"
+            return []
+        call.clear()
+        self._attributes = frozenset(_attributes(obj) or ())
+        try:
+            value = getattr(obj, method)(*arguments, **keywords)
+        except BaseException as error:
+            self._error = _described(error)
+            # The state goes back after an exception too, where it can: what the method did until then is done.
+            parts = [self._exception(error)]
+            with contextlib.suppress(Exception):
+                parts += self._state(obj)
+            return [part for part in parts if part.header["size"]]
+        try:
+            return [self._part("value", value, obj), *self._state(obj)]
+        except Exception as error:
+            self._error = _described(error)
+            self._error["text"] = f"the result cannot be pickled: {self._error['type']}: {self._error['text']}"
+            self._error["failure"] = "not-returned"
+            return []
+
+    def _part(self, kind: str, value: Any, obj: Any) -> _Part:
+        data = dumps(value, obj)
+        return _Part({"kind": kind, "size": len(data)}, data)
+
+    def _state(self, obj: Any) -> list[_Part]:
+        """Return the object's state, and which of its attributes are gone."""
+        state = _attributes(obj)
+        if state is None:
+            return []
+        removed = sorted(self._attributes - state.keys())
+        kind = type(obj)
+        if all(getattr(kind, name) is getattr(object, name) for name in _PICKLING):
+            return [self._part("state", (state, removed), obj)]
+        # The class says itself what of an object travels, so the object does.
+        return [self._part("state", (obj, removed), None)]
+
+    def _exception(self, error: BaseException) -> _Part:
+        if isinstance(error, Exception):
+            with contextlib.suppress(Exception):
+                return self._part("exception", error, None)
+        return _Part({"kind": "exception", "size": 0}, b"")
+
+    def _output_parts(self) -> list[_Part]:
+        """Return the files that were named and are there; a missing one is an error if the method returned."""
+        parts: list[_Part] = []
+        root = os.open(self._directory or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for path in files.checked(self._outputs):
+                try:
+                    fd, status = files.open_to_read(root, path)
+                except files.FileError:
+                    if self._error is None:
+                        raise
+                    continue
+                header = {"kind": "output", "path": path, "size": status.st_size, "mode": status.st_mode & 0o777}
+                parts.append(_Part(header, fd=fd))
+        finally:
+            os.close(root)
+        return parts
+
+
+def _attributes(obj: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object that has a state of its own, which modules and functions have not."""
+    state = getattr(obj, "__dict__", None)
+    if not isinstance(state, dict) or isinstance(obj, types.ModuleType | types.FunctionType):
+        return None
+    return state
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    kind = type(error)
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be had)"
+    # The first frame is this module's own.
+    trace = error.__traceback__.tb_next if error.__traceback__ else None
+    lines = "".join(traceback.format_exception(kind, error, trace))
+    return {
+        "type": kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}",
+        "text": text[:_TEXT_LIMIT],
+        "traceback": lines[-_TEXT_LIMIT:],
+    }
+
+
+def dumps(value: Any, obj: Any) -> memoryview:
+    """Return the pickle of a value in which `obj`, the object of the call, stands for itself."""
+    import cloudpickle
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def persistent_id(self, candidate: Any) -> str | None:
+            return "object" if obj is not None and candidate is obj else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=5).dump(value)
+    return buffer.getbuffer()
+
+
+def loads(data: bytes | bytearray | memoryview, obj: Any) -> Any:
+    """Return the value of a pickle made by `dumps`, in which `obj` takes the place of the far side's object."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, identifier: Any) -> Any:
+            if identifier != "object":
+                raise pickle.UnpicklingError(f"unknown object {identifier!r}")
+            return obj
+
+    return Unpickler(io.BytesIO(data)).load()
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Wait in a sandbox for its one call, and serve it."""
+    modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=True) if option == "--import"]
+    if len(modules) * 2 != len(arguments):
+        sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
+    for module in modules:
+        importlib.import_module(module)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as agent:
+        agent.connect(SOCKET)
+        agent.send(json.dumps({"type": "ready"}).encode())
+        message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
+    if not message:
+        sys.exit("the agent is gone")
+    if json.loads(message).get("type") != "call" or len(descriptors) != 3:
+        sys.exit("the agent sent no call")
+    serve(descriptors[0], descriptors[1], descriptors[2])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,378 @@
+"""Start the next hop of a call, watch it, and say how it ended.
+
+Three kinds: a process that serves the rest of the chain over its standard streams (here or through srun), a process
+forked from this one in which the call runs, and a sandbox that the node's agent starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from delegate_function import frames, slurm
+from delegate_function.errors import (
+    ConfigurationError,
+    DelegateFunctionException,
+    HopFailed,
+    LimitExceeded,
+    ProcessDied,
+    SandboxRefused,
+)
+
+TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_TAIL = 16 * 1024
+_GRACE_S = 1.0
+DEFAULT_OUTPUT_MB = 16
+"""What a sandboxed call may write to standard output and standard error together, where the policy says nothing."""
+
+
+class Next:
+    """The next hop, as the relay and the caller see it."""
+
+    link: frames.Link
+    outputs: dict[int, bytes]
+    wake_fd: int
+    ended: bool
+    output_limit: int | None = None
+
+    def on_wake(self) -> None:
+        """Take note of what `wake_fd` announced; `ended` may become true."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, Any]:
+        """Return what is known once the call has ended well."""
+        raise NotImplementedError
+
+    def explain(self) -> DelegateFunctionException:
+        """Return why it ended without a result."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it, and all that hangs on it, at once."""
+        raise NotImplementedError
+
+
+def start(hop: dict[str, Any], where: str) -> Next:
+    """Start a hop that is not the last; `where` names it in errors."""
+    kind = hop.get("type")
+    try:
+        if kind == "subprocess":
+            return Process(_subprocess_argv(hop), where)
+        if kind == "slurm":
+            return Process(slurm.srun_argv(hop), where, environment=slurm.environment(), explain=slurm.explain)
+        if kind == "sandbox":
+            return Sandbox(hop, where)
+    except OSError as error:
+        raise HopFailed(f"cannot be started: {error}", where=where) from error
+    raise ConfigurationError(f"unknown kind of hop {kind!r}", where=where)
+
+
+def _subprocess_argv(hop: dict[str, Any]) -> list[str]:
+    if hop.get("executable"):
+        return [str(hop["executable"])]
+    # The same package as here, whether it is installed or lies in a checkout.
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program = f"import sys; sys.path.insert(0, {package!r}); from delegate_function.hop import main; main()"
+    return [str(hop.get("python") or sys.executable), "-I", "-c", program]
+
+
+class Process(Next):
+    """A hop behind the standard streams of a process."""
+
+    def __init__(
+        self,
+        argv: list[str],
+        where: str,
+        *,
+        environment: dict[str, str] | None = None,
+        explain: Callable[[int | None, str, str, str | None], DelegateFunctionException] | None = None,
+    ) -> None:
+        import subprocess
+
+        self.job_id: str | None = None
+        self._where = where
+        self._explain = explain
+        self._tail = bytearray()
+        self.ended = False
+        self._process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the caller, who ends this in order
+        )
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self.link = frames.Link(self._process.stdout.fileno(), self._process.stdin.fileno())
+        self.outputs: dict[int, bytes] = {}
+        self.wake_fd = self._process.stderr.fileno()
+        os.set_blocking(self.wake_fd, False)
+
+    def on_wake(self) -> None:
+        try:
+            data = os.read(self.wake_fd, 65536)
+        except BlockingIOError:
+            return
+        self._tail += data
+        del self._tail[:-_TAIL]
+        if not data:
+            self.ended = True
+
+    @property
+    def diagnostics(self) -> str:
+        """What the process itself wrote to standard error."""
+        return self._tail.decode(errors="replace").strip()
+
+    def usage(self) -> dict[str, Any]:
+        return {}
+
+    def explain(self) -> DelegateFunctionException:
+        self._finish()
+        status = self._process.returncode
+        if self._explain:
+            return self._explain(status, self.diagnostics, self._where, self.job_id)
+        text = f"its process {_status_text(status)} before the call did"
+        if self.diagnostics:
+            text += f"; it said:\n{self.diagnostics}"
+        return HopFailed(text, where=self._where, exit_status=status)
+
+    def kill(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._finish()
+            if self._process.returncode == -signal.SIGKILL and self.job_id:
+                slurm.cancel(self.job_id)
+        self._finish()
+
+    def close(self) -> None:
+        """Let the process end by itself after the call did, within bounds."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        deadline = time.monotonic() + 5
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._drain(0.05)
+        self.kill()
+
+    def _drain(self, seconds: float) -> None:
+        import select
+
+        if not self.ended and select.select([self.wake_fd], [], [], seconds)[0]:
+            self.on_wake()
+        elif self.ended:
+            time.sleep(0.002)
+
+    def _finish(self) -> None:
+        deadline = time.monotonic() + _GRACE_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._drain(0.05)
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        while not self.ended:
+            before = len(self._tail)
+            self.on_wake()
+            if len(self._tail) == before:
+                break
+        if not self._process.stderr.closed:  # type: ignore[union-attr]
+            self.ended = True
+
+
+class Worker(Next):
+    """The last process, forked from this one: here the pickle is opened and the call runs."""
+
+    def __init__(self, spec: dict[str, Any], where: str) -> None:
+        self._where = where
+        self._started = time.monotonic()
+        self._status: int | None = None
+        self._usage: dict[str, Any] = {}
+        ours, theirs = socket.socketpair()
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become_worker()
+            from delegate_function import inside
+
+            # Nothing of the hop's own may stay open in what the call starts, or srun would wait for that.
+            first = 3
+            for keep in sorted((theirs.fileno(), out_write, err_write)):
+                os.closerange(first, keep)
+                first = keep + 1
+            os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+            inside.serve(theirs.detach(), out_write, err_write, spec)
+        for fd in (out_write, err_write):
+            os.close(fd)
+        theirs.close()
+        self._channel = ours
+        self.link = frames.Link(ours.fileno(), ours.fileno(), beats=False)
+        self.outputs = {out_read: frames.OUT, err_read: frames.ERR}
+        self.wake_fd = os.pidfd_open(self._pid)
+        self.ended = False
+
+    def on_wake(self) -> None:
+        pid, status, used = os.wait4(self._pid, os.WNOHANG)
+        if pid == 0:
+            return
+        self.ended = True
+        self._status = os.waitstatus_to_exitcode(status)
+        self._usage = {
+            "wall_s": round(time.monotonic() - self._started, 6),
+            "user_s": used.ru_utime,
+            "system_s": used.ru_stime,
+            "peak_memory_mb": round(used.ru_maxrss / 1024, 3),
+        }
+        self._kill_group()
+
+    def usage(self) -> dict[str, Any]:
+        return {"usage": self._usage}
+
+    def explain(self) -> DelegateFunctionException:
+        return ProcessDied(
+            f"the process of the call {_status_text(self._status)} without a result",
+            where=self._where,
+            exit_status=self._status,
+        )
+
+    def kill(self) -> None:
+        if not self.ended:
+            self._kill_group()
+            os.waitpid(self._pid, 0)
+            self.ended = True
+
+    def _kill_group(self) -> None:
+        # What the call left running has nobody who waits for it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
+
+
+def _become_worker() -> None:
+    import ctypes
+
+    os.setpgid(0, 0)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the hop
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Sandbox(Next):
+    """A sandbox that the node's agent started for this call."""
+
+    def __init__(self, hop: dict[str, Any], where: str) -> None:
+        job = os.environ.get("SLURM_JOB_ID", "")
+        if not job.isdigit():
+            raise ConfigurationError(
+                "a sandbox runs in a Slurm job, and this process is in none; put SlurmDelegate before SandboxDelegate",
+                where=where,
+            )
+        self._where = where
+        self._hop = hop
+        self._job = int(job)
+        self._seconds = hop.get("seconds")
+        self._memory_mb = hop.get("memory_mb")
+        self._started: dict[str, Any] = {}
+        self._ended: Any = None
+        self._error: DelegateFunctionException | None = None
+        self.ended = False
+        self.output_limit = DEFAULT_OUTPUT_MB * 1024**2
+        ours, theirs = socket.socketpair()
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        self.wake_fd, self._wake_write = os.pipe()
+        self._channel = ours
+        self.link = frames.Link(ours.fileno(), ours.fileno(), beats=False)
+        self.outputs = {out_read: frames.OUT, err_read: frames.ERR}
+        thread = threading.Thread(target=self._call, args=(theirs, out_write, err_write), daemon=True)
+        thread.start()
+
+    def _call(self, channel: socket.socket, out_fd: int, err_fd: int) -> None:
+        try:
+            from agent import call as agent
+
+            try:
+                self._ended = agent.call(
+                    job=self._job,
+                    profile=self._hop.get("profile", "default"),
+                    seconds=self._seconds,
+                    memory_mb=self._memory_mb,
+                    channel=channel,
+                    stdout=out_fd,
+                    stderr=err_fd,
+                    on_started=self._on_started,
+                )
+            except agent.Refused as refusal:
+                self._error = SandboxRefused(str(refusal), where=self._where, reason=refusal.code)
+        except Exception as error:
+            self._error = HopFailed(f"the sandbox's agent cannot be asked: {error}", where=self._where)
+        finally:
+            channel.close()
+            os.close(out_fd)
+            os.close(err_fd)
+            os.close(self._wake_write)
+
+    def _on_started(self, message: dict[str, Any]) -> None:
+        self._started = message
+
+    def on_wake(self) -> None:
+        if not os.read(self.wake_fd, 1):
+            self.ended = True
+
+    def usage(self) -> dict[str, Any]:
+        known: dict[str, Any] = {"container": self._started.get("container")}
+        if self._ended is not None:
+            known.update(usage=self._ended.usage, node=self._ended.node)
+        return known
+
+    def explain(self) -> DelegateFunctionException:
+        if self._error is not None:
+            return self._error
+        reason = self._ended.reason
+        details: dict[str, Any] = {"reason": reason, **self.usage()}
+        detail = f" ({self._ended.detail})" if self._ended.detail else ""
+        if reason in ("time", "memory", "processes", "output"):
+            asked = {"time": ("seconds", "s"), "memory": ("memory_mb", "MB")}.get(reason)
+            size = self._ended_limit(asked[0]) if asked else None
+            limit = f" of {size} {asked[1]}" if asked and size else ""
+            return LimitExceeded(f"killed, {reason} limit{limit}{detail}", where=self._where, limit=reason, **details)
+        if reason == "exited":
+            status = self._ended.exit_status
+            return ProcessDied(
+                f"the process of the call {_status_text(status)} without a result{detail}",
+                where=self._where,
+                exit_status=status,
+                **details,
+            )
+        return HopFailed(f"the sandbox ended: {reason}{detail}", where=self._where, **details)
+
+    def _ended_limit(self, name: str) -> Any:
+        limits = self._started.get("limits")
+        return (limits.get(name) if isinstance(limits, dict) else None) or self._hop.get(name)
+
+    def kill(self) -> None:
+        # The agent destroys the sandbox of whoever is gone; this process ends next.
+        self._channel.close()
+
+
+def _status_text(status: int | None) -> str:
+    if status is None:
+        return "ended"
+    if status > 128 and status - 128 in signal.valid_signals():
+        status = 128 - status  # as a shell or a container says it
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+        return f"was killed by signal {-status}"
+    return f"ended with status {status}"

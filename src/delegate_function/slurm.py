@@ -1,0 +1,177 @@
+"""Run a hop's process in a Slurm job, and ask Slurm what became of the job.
+
+What a caller sets is checked here and given to srun as `--option=value` in one argument each, so that no value can
+become an option of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+from delegate_function.errors import (
+    ConfigurationError,
+    DelegateFunctionException,
+    HopFailed,
+    JobCancelled,
+    JobError,
+    JobRejected,
+    JobTimeout,
+    LimitExceeded,
+    NodeFailed,
+)
+
+TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
+if TYPE_CHECKING:
+    from typing import Any
+
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
+_LIST = r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]{0,255}"
+_NUMBER = r"[1-9][0-9]{0,8}"
+OPTIONS = {
+    "partition": ("partition", _NAME),
+    "time": ("time", r"[0-9][0-9:-]{0,19}"),
+    "account": ("account", _NAME),
+    "qos": ("qos", _NAME),
+    "reservation": ("reservation", _NAME),
+    "constraint": ("constraint", r"[A-Za-z0-9_][A-Za-z0-9_.&|-]{0,255}"),
+    "nodelist": ("nodelist", _LIST),
+    "exclude": ("exclude", _LIST),
+    "cpus": ("cpus-per-task", _NUMBER),
+    "memory_mb": ("mem", _NUMBER),
+    "job_name": ("job-name", _NAME),
+}
+_UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "SUSPENDED")
+_QUERY_S = 5.0
+_SETPRIV = "/usr/bin/setpriv"
+
+
+def checked(options: dict[str, Any]) -> dict[str, str]:
+    """Return the options as text; raise ConfigurationError for an unknown one or a value that is not of its shape."""
+    found: dict[str, str] = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name not in OPTIONS:
+            raise ConfigurationError(f"unknown Slurm option {name!r}; known are {', '.join(OPTIONS)}")
+        text = str(value)
+        if isinstance(value, bool) or not re.fullmatch(OPTIONS[name][1], text, re.ASCII):
+            raise ConfigurationError(f"{text!r} is no value for the Slurm option {name!r}")
+        found[name] = text
+    return found
+
+
+def srun_argv(hop: dict[str, Any]) -> list[str]:
+    """Return the command that runs a hop's process as the only task of a job.
+
+    Never with --unbuffered, --pty or --label: each of them changes the bytes of the task's output.
+    """
+    argv = ["srun", "--nodes=1", "--ntasks=1", "--input=0", "--kill-on-bad-exit=1", "--cpu-bind=none"]
+    options = checked(hop.get("options") or {})
+    options.setdefault("job_name", "delegate")
+    argv += [f"--{OPTIONS[name][0]}={value}" for name, value in options.items()]
+    argv.append("--")
+    if hop.get("executable"):
+        argv.append(str(hop["executable"]))
+    else:
+        argv += [str(hop.get("python") or "python3"), "-I", "-m", "delegate_function.hop"]
+    if os.path.exists(_SETPRIV):
+        # srun killed with its caller, and not left waiting in the queue: TERM makes it take its job away.
+        argv = [_SETPRIV, "--pdeathsig", "TERM", *argv]
+    return argv
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for srun: without settings that would change what srun does with the call's streams."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SRUN_", "SLURMD_", "SBATCH_")) or name.startswith("SLURM_CONF")
+    }
+
+
+def explain(status: int | None, diagnostics: str, where: str, job_id: str | None = None) -> DelegateFunctionException:
+    """Return why srun ended before the call did, from its exit status, what it said, and what Slurm knows."""
+    if job_id is None:
+        named = re.search(r"\bjob(?: allocation|id)? (\d+)", diagnostics, re.IGNORECASE)
+        job_id = named[1] if named else None
+    known = query(job_id) if job_id else {}
+    state = known.get("JobState", "")
+    said = _quoted(diagnostics)
+    details: dict[str, Any] = {"job_id": job_id, "state": state or None, "exit_status": status}
+    about = f"Slurm's job {job_id}" if job_id else "the Slurm job"
+    if known.get("NodeList") not in (None, "", "(null)"):
+        about += f" on {known['NodeList']}"
+    reason = known.get("Reason", "None")
+    because = f" ({reason})" if reason not in ("None", "", "(null)") else ""
+    if state == "TIMEOUT" or "DUE TO TIME LIMIT" in diagnostics:
+        limit = f" of {known['TimeLimit']}" if known.get("TimeLimit") else ""
+        return JobTimeout(f"{about} came to its time limit{limit}{said}", where=where, **details)
+    if state in ("NODE_FAIL", "BOOT_FAIL") or "DUE TO NODE FAILURE" in diagnostics:
+        return NodeFailed(f"{about} lost its node{because}{said}", where=where, **details)
+    if state.startswith("CANCELLED") or (not state and re.search("CANCELLED AT|has been revoked", diagnostics)):
+        return JobCancelled(f"{about} was cancelled{because}{said}", where=where, **details)
+    if state == "OUT_OF_MEMORY":
+        return LimitExceeded(f"{about} ran out of memory{said}", where=where, limit="memory", **details)
+    if re.search(r"Unable to allocate resources|Invalid|not permitted|unrecognized option", diagnostics) and not state:
+        return JobRejected(f"Slurm did not accept the job{said}", where=where, **details)
+    if state and state not in _UNFINISHED:
+        return JobError(f"{about} ended as {state}{because} before the call did{said}", where=where, **details)
+    ended = f"srun ended with status {status} before the call did" + (f"; {about} is {state}" if state else "")
+    return HopFailed(ended + said, where=where, **details)
+
+
+def state(job_id: str) -> str:
+    """Return in words what Slurm says of a job at this moment."""
+    known = query(job_id, wait_s=0)
+    if not known:
+        return f"Slurm says nothing of job {job_id}"
+    return f"Slurm says that job {job_id} on {known.get('NodeList')} is {known.get('JobState')} ({known.get('Reason')})"
+
+
+def _quoted(diagnostics: str) -> str:
+    lines = [
+        line
+        for line in diagnostics.splitlines()
+        if "queued and waiting" not in line and "allocated resources" not in line
+    ]
+    return "; it said:\n" + "\n".join(lines[-20:]) if lines else ""
+
+
+def query(job_id: str, *, wait_s: float = 2.0) -> dict[str, str]:
+    """Return what slurmctld knows of a job, waiting a moment for its final state; nothing if it cannot be asked."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        known = _show(job_id)
+        if not known or known.get("JobState") not in _UNFINISHED or time.monotonic() >= deadline:
+            return known
+        time.sleep(0.1)
+
+
+def _show(job_id: str) -> dict[str, str]:
+    import subprocess
+
+    try:
+        shown = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", str(int(job_id))],
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    if shown.returncode:
+        return {}
+    return dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+
+
+def cancel(job_id: str) -> None:
+    """Cancel a job whose srun may be gone."""
+    import subprocess
+
+    try:
+        subprocess.run(["scancel", str(int(job_id))], capture_output=True, timeout=_QUERY_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HopFailed(f"job {job_id} could not be cancelled: {error}") from error
