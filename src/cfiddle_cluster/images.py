@@ -45,8 +45,8 @@ class Image:
 _HEAD = frozenset({"head"})
 _WORKER = frozenset({"worker"})
 
-# A parent stands before its children. The sandbox shares no more with the others than Debian itself: what two containers
-# have in a common layer is in memory once, and how fast it is read tells one about the other.
+# A parent stands before its children. The sandbox shares no more with the others than Debian itself: what two
+# containers have in a common layer is in memory once, and how fast it is read tells one about the other.
 IMAGES = {
     image.name: image
     for image in (
@@ -55,12 +55,23 @@ IMAGES = {
         Image("machine"),
         Image("registry"),
         Image("mysql", roles=_HEAD),
-        Image("cluster", sources=("src/agent", "src/delegate_function"), roles=_HEAD | _WORKER),
+        Image(
+            "cluster",
+            sources=("src/agent", "src/delegate_function", "requirements/sandbox.lock"),
+            roles=_HEAD | _WORKER,
+        ),
         Image("agent", sources=("src/agent",), roles=_WORKER),
         Image("sandbox", parent="base", sources=("src/delegate_function", "requirements/sandbox.lock"), roles=_WORKER),
         Image(
             "user",
-            sources=("src/delegate_function", "requirements/user.lock", "test_slurm.sh", "test_cfiddle.py", "notebooks"),
+            sources=(
+                "src/agent",
+                "src/delegate_function",
+                "requirements/user.lock",
+                "test_slurm.sh",
+                "test_cfiddle.py",
+                "notebooks",
+            ),
             roles=_HEAD,
         ),
     )
@@ -127,7 +138,19 @@ def releases(references: dict[str, str]) -> dict[str, str]:
     program = '. /etc/os-release; echo "$PRETTY_NAME, $(/usr/bin/python3 --version)"'
 
     def release(reference: str) -> str:
-        argv = [docker_cli(), "run", "--rm", "--network", "none", "--label", LABEL, "--user", "65534", "--entrypoint", "/bin/sh"]
+        argv = [
+            docker_cli(),
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "--label",
+            LABEL,
+            "--user",
+            "65534",
+            "--entrypoint",
+            "/bin/sh",
+        ]
         return run([*argv, reference, "-c", program], timeout_s=60).strip()
 
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -136,7 +159,9 @@ def releases(references: dict[str, str]) -> dict[str, str]:
 
 def remove_images() -> None:
     """Remove every image of the cluster from this machine's engine."""
-    ids = run([docker_cli(), "image", "ls", "--quiet", "--no-trunc", "--filter", f"label={LABEL}"], timeout_s=60).split()
+    ids = run(
+        [docker_cli(), "image", "ls", "--quiet", "--no-trunc", "--filter", f"label={LABEL}"], timeout_s=60
+    ).split()
     ids += run([docker_cli(), "image", "ls", "--quiet", "--no-trunc", "cfiddle-debian"], timeout_s=60).split()
     if ids:
         run([docker_cli(), "image", "rm", "--force", *sorted(set(ids))], timeout_s=300)
@@ -202,7 +227,10 @@ def _copy_context(root: Path, image: Image, destination: Path) -> None:
         else:
             shutil.copyfile(source, target)
             target.chmod(_mode(source))
-    for directory in (destination, *(path for path in destination.rglob("*") if path.is_dir() and not path.is_symlink())):
+    for directory in (
+        destination,
+        *(path for path in destination.rglob("*") if path.is_dir() and not path.is_symlink()),
+    ):
         directory.chmod(0o755)
 
 
@@ -218,7 +246,8 @@ def _context_files(root: Path, image: Image) -> Iterator[tuple[str, Path]]:
     for source in image.sources:
         if not (root / source).exists():
             raise ClusterError(
-                f"the image {image.repository} needs {source}, which this checkout lacks", "restore it, for example with git"
+                f"the image {image.repository} needs {source}, which this checkout lacks",
+                "restore it, for example with git",
             )
         for path in _files_below(root / source):
             yield path.relative_to(root).as_posix(), path

@@ -13,7 +13,9 @@ DEBIAN_MIRROR = "http://deb.debian.org/debian"
 DEBIAN_SECURITY_MIRROR = "http://deb.debian.org/debian-security"
 
 # Of apt's settings, those that say how to get at packages. Names of files on this machine mean nothing in a build.
-_APT_SETTING = re.compile(r'Acquire::((http|https)::|Check-Valid-Until|Check-Date|ForceIPv[46]|Retries)[^ ]* "(?!/).*";')
+_APT_SETTING = re.compile(
+    r'Acquire::((http|https)::|Check-Valid-Until|Check-Date|ForceIPv[46]|Retries)[^ ]* "(?!/).*";'
+)
 
 _PIP_SETTINGS = ("index-url", "extra-index-url", "trusted-host", "timeout", "proxy")
 
@@ -67,7 +69,9 @@ def _debian_mirrors() -> tuple[str, str]:
     mirror, security = DEBIAN_MIRROR, DEBIAN_SECURITY_MIRROR
     if _is_debian():
         form = "$(ORIGIN)|$(LABEL)|$(REPO_URI)"
-        for line in run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"], timeout_s=20).splitlines():
+        for line in run(
+            ["apt-get", "indextargets", "--format", form, "Created-By: Packages"], timeout_s=20
+        ).splitlines():
             origin, label, uri = line.split("|", 2)
             if origin == "Debian" and label == "Debian-Security":
                 security = uri.rstrip("/")
@@ -106,7 +110,11 @@ def _pip_settings() -> dict[str, str]:
         match = re.fullmatch(r"(?:global|install|:env:)\.([a-z-]+)='(.*)'", line)
         if match and match[1] in _PIP_SETTINGS:
             # A directory of this machine is no package index inside a build.
-            values = [word for word in match[2].encode().decode("unicode_escape").split() if not word.startswith(("file:", "/"))]
+            values = [
+                word
+                for word in match[2].encode().decode("unicode_escape").split()
+                if not word.startswith(("file:", "/"))
+            ]
             if values:
                 settings[match[1]] = " ".join(values)
     return settings
