@@ -53,7 +53,10 @@ def cluster() -> LiveCluster:
     missing = [name for name in SERVICES if f"slurm-stack_{name} " not in listing.stdout]
     if missing:
         pytest.fail(f"no cluster runs here ({', '.join(missing)} missing): ./invoke up", pytrace=False)
-    return LiveCluster()
+    live = LiveCluster()
+    if not live.workers:
+        pytest.fail("these tests look into simulated machines and break them; this cluster has none", pytrace=False)
+    return live
 
 
 @pytest.fixture

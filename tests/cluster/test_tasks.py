@@ -45,7 +45,7 @@ def test_second_up_at_the_same_time_says_so_and_ends(cluster: LiveCluster) -> No
     if second.exit_status == 0:
         pytest.fail("the second one came too late, or did not see the first")
     assert second.exit_status == 1
-    assert "another" in second.output
+    assert "at work" in second.output
     assert str(first.process.pid) in second.output, "it names the process"
     assert "Traceback" not in second.output
 

@@ -83,10 +83,16 @@ def test_backup_of_another_version_is_refused(cluster: LiveCluster, tmp_path: Pa
     content = json.loads((folder / manifest).read_text())
     content["version"] = 99
     (folder / manifest).write_text(json.dumps(content))
-    with tarfile.open(file, "w:gz") as archive:
+    with tarfile.open(file, "w") as archive:
         for name in names:
             archive.add(folder / name, name, recursive=False)
     _refused_restore(cluster, file, "99")
+
+
+def test_restore_over_a_cluster_that_is_there_is_refused(cluster: LiveCluster, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.backup"
+    invoke("backup", str(file), timeout_s=120).ok()
+    _refused_restore(cluster, file, "purge")
 
 
 def test_file_that_is_no_backup_is_refused(cluster: LiveCluster, tmp_path: Path) -> None:
