@@ -1,0 +1,80 @@
+"""What the head's operating system must have: packages, and a running engine."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+
+from cfiddle_cluster import engine
+from cfiddle_cluster.commands import CommandError, run
+from cfiddle_cluster.config import Config
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.state import State
+
+INSTALL_TIMEOUT_S = 900
+
+COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
+"""The commands that the head needs, and the packages of Debian and Ubuntu that have them."""
+
+
+def ensure_root() -> None:
+    """Raise `ClusterError` unless we are root."""
+    if os.geteuid():
+        raise ClusterError("this needs root: it drives the machine's engine and keeps the cluster's secrets", "sudo ./invoke …")
+
+
+def ensure_packages(packages: Iterable[str]) -> None:
+    """Install those packages that are missing.
+
+    Raises:
+        ClusterError: there is no apt-get, or it fails.
+    """
+    missing = [package for package in packages if not _is_installed(package)]
+    if not missing:
+        return
+    if not shutil.which("apt-get"):
+        raise ClusterError(f"this machine lacks {' '.join(missing)} and has no apt-get", "install them by hand")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *missing]
+    try:
+        run(["apt-get", "update", "-q"], timeout_s=INSTALL_TIMEOUT_S, env=environment)
+        run(install, timeout_s=INSTALL_TIMEOUT_S, env=environment)
+    except CommandError as error:
+        raise ClusterError(f"{' '.join(missing)} cannot be installed:\n{error.output}", "mend what apt-get says") from error
+
+
+def ensure_commands() -> None:
+    """Install the packages of those commands that the head lacks."""
+    ensure_packages([package for command, package in COMMANDS.items() if not shutil.which(command, path=_PATH)])
+
+
+def ensure_engine(config: Config, state: State) -> None:
+    """Install Docker Engine if there is none, and start it if it does not run.
+
+    Raises:
+        ClusterError: it does not start; the message has the end of its log.
+    """
+    if engine.is_running():
+        return
+    log = state.path("dockerd.log")
+    environment = os.environ | {"DOCKERD_LOG": str(log)}
+    try:
+        run([config.root / "install_docker.sh"], timeout_s=INSTALL_TIMEOUT_S, env=environment)
+    except CommandError as error:
+        tail = log.read_text(errors="replace").splitlines()[-10:] if log.exists() else []
+        raise ClusterError(
+            "\n".join(["Docker Engine does not start:", error.output, *tail]),
+            "mend what it says; ./install_docker.sh alone does just this step",
+        ) from error
+
+
+def _is_installed(package: str) -> bool:
+    argv = ["dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}", package]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return False
+    return done.stdout.startswith("ii")
+
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

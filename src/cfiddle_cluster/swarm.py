@@ -1,0 +1,210 @@
+"""The swarm: the head's engine manages it, every other machine is a worker of it, labels say what runs where."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from docker.errors import APIError
+
+from cfiddle_cluster import engine
+from cfiddle_cluster.config import CLUSTER, Config
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine, on_each
+from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import wait_until
+
+PORT = 2377
+JOIN_TIMEOUT_S = 60
+MADE_BY_US = "swarm.json"
+"""The file of the state that says which swarm `up` made, and so `down` may leave."""
+
+
+def is_manager() -> bool:
+    """Tell whether the head's engine manages a swarm."""
+    return bool(engine.client().info()["Swarm"]["ControlAvailable"])
+
+
+def ensure_swarm(config: Config, state: State) -> None:
+    """Have the head's engine manage a swarm, made at `HEAD_ADDR` unless there is one.
+
+    Raises:
+        ClusterError: the head belongs to somebody else's swarm as a worker, or has not that address.
+    """
+    client = engine.client()
+    swarm = client.info()["Swarm"]
+    if swarm["ControlAvailable"]:
+        return
+    if swarm["LocalNodeState"] not in ("inactive", "pending"):
+        raise ClusterError(
+            f"this machine's engine belongs to a swarm that it does not manage (state: {swarm['LocalNodeState']})",
+            "docker swarm leave, if that swarm can do without it; then ./invoke up",
+        )
+    try:
+        client.swarm.init(advertise_addr=config.head_addr, listen_addr=f"0.0.0.0:{PORT}")
+    except APIError as error:
+        raise ClusterError(
+            f"the swarm cannot be made at {config.head_addr}: {error.explanation}",
+            "HEAD_ADDR in config.sh must be an address of this machine, and port 2377 must be free",
+        ) from error
+    state.write_json(MADE_BY_US, {"id": _cluster_id()})
+
+
+def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> None:
+    """Have every machine be a member of the head's swarm. The token is sent in a request's body and rotated afterwards.
+
+    Raises:
+        ClusterError: a machine is in another swarm or cannot reach the head, or two have the same name.
+    """
+    machines = [machine for machine in machines if "head" not in machine.roles]
+    _check_names([*machines])
+    states = on_each(machines, lambda machine: machine.engine_get("/info")["Swarm"])
+    ids = {str(node["ID"]) for node in nodes().values()}
+    missing = []
+    for machine, swarm in zip(machines, states, strict=True):
+        if swarm["LocalNodeState"] == "inactive":
+            missing.append(machine)
+        elif swarm["NodeID"] not in ids:
+            raise ClusterError(
+                f"{machine.name} ({machine.addr}) belongs to another swarm",
+                "if that swarm can do without it, run there: docker swarm leave --force; then ./invoke up",
+            )
+    if missing:
+        api = engine.client().api
+        token = str(api.inspect_swarm()["JoinTokens"]["Worker"])
+        try:
+            on_each(missing, lambda machine: _join(config, machine, token))
+        finally:
+            # A rotation sends the whole specification, or what is not in it falls back to its default.
+            swarm = api.inspect_swarm()
+            api.update_swarm(swarm["Version"]["Index"], swarm_spec=swarm["Spec"], rotate_worker_token=True)
+    _remove_forgotten({machine.name for machine in machines})
+    wait_until(
+        lambda: all(node is not None and node["Status"]["State"] == "ready" for node in map(node_of, machines)),
+        timeout_s=JOIN_TIMEOUT_S,
+        what=f"{', '.join(machine.name for machine in machines)} to be ready in the swarm",
+        remedy="docker node ls shows who is not; ports 2377, 7946 and 4789 must be open between the machines",
+    )
+
+
+def ensure_labels(head: Machine, machines: Iterable[Machine]) -> None:
+    """Give every machine the labels of its roles: `slurm_role` for people, the others to place services by."""
+    for machine in {head, *machines}:
+        node = node_of(machine)
+        if node is None:
+            raise ClusterError(f"{machine.name} is not in the swarm", "./invoke swarm")
+        wanted = {"slurm_role": "head_node" if "head" in machine.roles else "worker", "cfiddle.cluster": CLUSTER}
+        wanted |= {f"slurm_{role}": "true" for role in machine.roles}
+        _set_labels(node, wanted)
+
+
+def nodes() -> dict[str, dict[str, Any]]:
+    """Return the swarm's members by their id, as the engine describes them; none where there is no swarm."""
+    if not is_manager():
+        return {}
+    return {str(node["ID"]): node for node in engine.client().api.nodes()}
+
+
+def node_of(machine: Machine) -> dict[str, Any] | None:
+    """Return a machine as the swarm knows it; of several with its name the one that is ready, or the newest."""
+    named = [node for node in nodes().values() if node["Description"].get("Hostname") == machine.name]
+    named.sort(key=lambda node: (node["Status"]["State"] == "ready", str(node["CreatedAt"])))
+    return named[-1] if named else None
+
+
+def worker_names() -> list[str]:
+    """Return the names of the swarm's members that carry the label of a worker."""
+    return sorted(
+        str(node["Description"]["Hostname"])
+        for node in nodes().values()
+        if (node["Spec"].get("Labels") or {}).get("slurm_worker") == "true"
+    )
+
+
+def unlabel_worker(name: str) -> None:
+    """Let no worker service run on a machine any longer."""
+    for node in _named(name):
+        labels = {key: value for key, value in (node["Spec"].get("Labels") or {}).items() if key != "slurm_worker"}
+        _update(node, labels)
+
+
+def remove_node(name: str, machine: Machine | None = None) -> None:
+    """Take a machine out of the swarm: it leaves if it can be reached, and is forgotten in any case."""
+    if machine is not None and "head" not in machine.roles:
+        machine.engine_post("/swarm/leave?force=true")
+    for node in _named(name):
+        if node["Spec"]["Role"] != "manager":
+            engine.client().api.remove_node(node["ID"], force=True)
+
+
+def leave(state: State) -> None:
+    """Have the head leave the swarm if `up` made it; labels and members that the cluster gave it go in any case."""
+    if not is_manager():
+        return
+    made = state.read_json(MADE_BY_US, None)
+    if made and made.get("id") == _cluster_id():
+        engine.client().swarm.leave(force=True)
+        state.path(MADE_BY_US).unlink(missing_ok=True)
+        return
+    for node in nodes().values():
+        labels = node["Spec"].get("Labels") or {}
+        if labels.get("cfiddle.cluster") == CLUSTER:
+            mine = ("cfiddle.cluster", "slurm_role", "slurm_head", "slurm_worker")
+            _update(node, {key: value for key, value in labels.items() if key not in mine})
+
+
+def _cluster_id() -> str:
+    return str(engine.client().api.inspect_swarm()["ID"])
+
+
+def _named(name: str) -> list[dict[str, Any]]:
+    return [node for node in nodes().values() if node["Description"].get("Hostname") == name]
+
+
+def _remove_forgotten(names: set[str]) -> None:
+    """Remove members that are down and whose machine has joined anew under the same name."""
+    for name in names:
+        named = _named(name)
+        if any(node["Status"]["State"] == "ready" for node in named):
+            for node in named:
+                if node["Status"]["State"] == "down":
+                    engine.client().api.remove_node(node["ID"], force=True)
+
+
+def _check_names(machines: list[Machine]) -> None:
+    names = [machine.name for machine in machines]
+    for name in sorted(set(names)):
+        addresses = [machine.addr for machine in machines if machine.name == name]
+        if len(addresses) > 1:
+            raise ClusterError(
+                f"{' and '.join(addresses)} are both named {name}; a node's name is its machine's",
+                "give them different names with: hostnamectl hostname NAME",
+            )
+
+
+def _join(config: Config, machine: Machine, token: str) -> None:
+    body = {
+        "ListenAddr": f"0.0.0.0:{PORT}",
+        "AdvertiseAddr": machine.addr,
+        "RemoteAddrs": [f"{config.head_addr}:{PORT}"],
+        "JoinToken": token,
+    }
+    try:
+        machine.engine_post("/swarm/join", body, timeout_s=JOIN_TIMEOUT_S)
+    except ClusterError as error:
+        message = error.message.replace(token, "…")
+        raise ClusterError(
+            f"{machine.name} cannot join the swarm at {config.head_addr}: {message}",
+            f"HEAD_ADDR in config.sh must be the head's address as {machine.name} sees it, with port {PORT} open",
+        ) from None
+
+
+def _set_labels(node: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
+    labels = dict(node["Spec"].get("Labels") or {})
+    roles = {"slurm_role", "slurm_head", "slurm_worker"}
+    updated = {key: value for key, value in labels.items() if key not in roles} | dict(wanted)
+    if updated != labels:
+        _update(node, updated)
+
+
+def _update(node: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+    spec = {**node["Spec"], "Labels": dict(labels)}
+    engine.client().api.update_node(node["ID"], node["Version"]["Index"], spec)

@@ -1,0 +1,191 @@
+"""The administrator's commands. `./invoke --list` shows them, `./invoke --help TASK` explains one."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from invoke import Context, task
+
+from cfiddle_cluster import checks, doctor, logs, status, userhost
+from cfiddle_cluster.cluster import Cluster
+from cfiddle_cluster.errors import ClusterError
+
+ROOT = Path(__file__).resolve().parent
+
+
+def cluster_task(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Make a task of a function that takes the cluster: a `ClusterError` is one message and exit status 1."""
+    if function is None:
+        return functools.partial(cluster_task, **options)
+
+    @functools.wraps(function)
+    def run(_context: Context, *args: Any, **kwargs: Any) -> None:
+        try:
+            exit_status = function(Cluster.of(ROOT), *args, **kwargs)
+        except ClusterError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted; run the same command again and it goes on")
+        if exit_status:
+            sys.exit(exit_status)
+
+    return task(run, **options)
+
+
+@cluster_task
+def up(cluster):
+    """Bring the whole cluster up, from whatever is there, until a job has run on each worker."""
+    cluster.up()
+
+
+@cluster_task(name="doctor", help={"json": "print the findings as JSON"})
+def doctor_(cluster, json=False):
+    """Check this machine and the cluster's; say how to mend what is wrong. Exit status 1 if something must be."""
+    return doctor.main(cluster.config, cluster.state, as_json=json)
+
+
+@cluster_task
+def machines(cluster):
+    """Make the simulated machines, or check the real ones by SSH and install Docker on them."""
+    cluster.up(until="machines")
+
+
+@cluster_task
+def swarm(cluster):
+    """Make the swarm and let every machine join it."""
+    cluster.up(until="swarm")
+
+
+@cluster_task
+def label(cluster):
+    """Label the machines with their roles."""
+    cluster.up(until="labels")
+
+
+@cluster_task
+def nfs(cluster):
+    """Make the home directories, and export them to real workers."""
+    cluster.up(until="homes")
+
+
+@cluster_task
+def build(cluster):
+    """Build the images; only what changed."""
+    cluster.up(until="images")
+
+
+@cluster_task
+def distribute(cluster):
+    """Bring the images to every machine; only the layers that are missing."""
+    cluster.up(until="distribution")
+
+
+@cluster_task
+def deploy(cluster):
+    """Deploy the stack: secrets, configuration, services."""
+    cluster.up(until="stack")
+
+
+@cluster_task
+def add_user(cluster, name):
+    """Add a user: home directory, uid and Slurm association."""
+    cluster.add_user(name)
+
+
+@cluster_task(help={"delete-home": "delete the home directory too"})
+def remove_user(cluster, name, delete_home=False):
+    """Remove a user and end their jobs; the home directory stays unless told otherwise."""
+    cluster.remove_user(name, delete_home=delete_home)
+
+
+@cluster_task
+def import_users(cluster, file):
+    """Add every user of a CSV file (a column `name`, optionally `uid`), or none if one line is wrong."""
+    cluster.import_users(Path(file))
+
+
+@cluster_task
+def scale(cluster, workers):
+    """Have so many simulated workers, more or fewer than now, while jobs run."""
+    cluster.scale(workers)
+
+
+@cluster_task
+def add_worker(cluster, address):
+    """Add a real worker by its address, while jobs run."""
+    cluster.add_worker(address)
+
+
+@cluster_task
+def remove_worker(cluster, name):
+    """Drain a worker, wait for its jobs, and take it out of the cluster."""
+    cluster.remove_worker(name)
+
+
+@cluster_task(name="status", help={"json": "print it as JSON"})
+def status_(cluster, json=False):
+    """Show machines, services, nodes, queue, and images that differ from what was built."""
+    return status.main(cluster.config, cluster.state, as_json=json)
+
+
+@cluster_task(help={"user": "the user to be (default: jovyan)", "command": "run this instead of a shell"})
+def shell(cluster, user="jovyan", command=None):
+    """Open a shell on the user's node, or run a command there; its exit status is passed on."""
+    return userhost.shell(cluster.config, user=user, command=command)
+
+
+@cluster_task
+def url(cluster):
+    """Print the address of JupyterLab, with its token."""
+    print(userhost.url(cluster.config, cluster.state))
+
+
+@cluster_task(name="logs", positional=["service"])
+def logs_(cluster, service=""):
+    """Print the logs of a service, or of all."""
+    logs.show(service)
+
+
+@cluster_task
+def export_logs(cluster, directory):
+    """Write the logs of all services, and what the cluster looks like, into a directory."""
+    logs.export(cluster.config, cluster.state, Path(directory))
+
+
+@cluster_task
+def backup(cluster, file):
+    """Write accounting, Slurm's state, users and secrets into one file that only root can read."""
+    cluster.backup(Path(file))
+
+
+@cluster_task
+def restore(cluster, file):
+    """Bring up the cluster that a backup describes."""
+    cluster.restore(Path(file))
+
+
+@cluster_task(help={"purge": "also its state, homes, secrets and images"})
+def down(cluster, purge=False):
+    """Take the cluster down; its state stays, unless purged."""
+    cluster.down(purge=purge)
+
+
+@cluster_task
+def check(cluster):
+    """Lint, types, shell scripts, lock files and the stack file."""
+    return checks.main(cluster.config)
+
+
+@cluster_task(help={"only": "paths or options for pytest"})
+def test(cluster, only=""):
+    """Run all tests, on the cluster that is up."""
+    return checks.test(cluster.config, only.split())
+
+
+@cluster_task
+def benchmark(_cluster):
+    """Measure how long things take; prints medians and writes benchmarks/results.json."""
+    os.execv(sys.executable, [sys.executable, str(ROOT / "benchmarks" / "run.py")])
