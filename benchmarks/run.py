@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Measure how long things take, print medians beside what they should reach, and write benchmarks/results.json.
 
 It takes the cluster down and up again a few times; state, users, homes and images stay, running jobs do not.
-usage: ./invoke benchmark, or benchmarks/run.py [--rounds N] [--only NAME…]
+usage: ./invoke benchmark, or .venv/bin/python benchmarks/run.py [--rounds N] [--only NAME…]
 """
 
 import argparse
@@ -20,14 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src")]
-
 from cfiddle_cluster import config, images
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import CLUSTER, LABEL, Config
 from cfiddle_cluster.wait import wait_until
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
 BARE = ROOT / "benchmarks" / "bare"
 LONG_S = 900.0
@@ -206,11 +203,10 @@ def _processes_of_the_cluster() -> set[int]:
     containers = docker("ps", "-q", "--no-trunc", "--filter", f"label={LABEL}").split()
     tops = {int(pid) for pid in docker("inspect", "--format", "{{.State.Pid}}", *containers).split()}
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                parent = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
     found, queue = set(), list(tops)
     while queue:
         pid = queue.pop()
@@ -302,9 +298,8 @@ def main() -> int:
     width = max(len(row.name) for row in rows)
     print(f"\n{'what':{width}}  {'median':>12}  {'reach':>12}")
     for row in rows:
-        print(
-            f"{row.name:{width}}  {row.median:>6.3g} {row.unit:5}  {row.target:>6.3g} {row.unit:5}{'' if row.reached else '  not reached'}"
-        )
+        note = "" if row.reached else "  not reached"
+        print(f"{row.name:{width}}  {row.median:>6.3g} {row.unit:5}  {row.target:>6.3g} {row.unit:5}{note}")
     RESULTS.write_text(
         json.dumps({"cluster": CLUSTER, "machine": facts, "measured": [asdict(row) for row in rows]}, indent=2) + "\n"
     )

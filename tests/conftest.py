@@ -1,6 +1,6 @@
 """What all tests share: their order, a time limit for each, and the live cluster with a short report on failure."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add what the cluster looks like to the report of a failed test."""
     report = yield
     cluster = item.funcargs.get("cluster") if hasattr(item, "funcargs") else None

@@ -444,12 +444,12 @@ class LiveCluster:
         yield from lines("nodes", lambda: self.slurm("sinfo -N -o '%N %P %T %E'", timeout_s=15), 6)
         yield from lines("queue", lambda: self.slurm("squeue -a -o '%i %u %T %R'", timeout_s=15), 6)
         for service in ("slurmctld", "slurmd", "agent", "userhost"):
-            name = f"slurm-stack_{service}"
-            yield from lines(
-                f"{service} said last",
-                lambda name=name: docker("service", "logs", "--tail", "6", name, timeout_s=20).output,
-                6,
-            )
+            argv = ["service", "logs", "--tail", "6", f"slurm-stack_{service}"]
+            yield from lines(f"{service} said last", functools.partial(_output_of, argv), 6)
+
+
+def _output_of(argv: list[str]) -> str:
+    return docker(*argv, timeout_s=20).output
 
 
 def job_name() -> str:

@@ -73,8 +73,8 @@ def test_job_and_its_output_of_another_user(cluster: LiveCluster) -> None:
     # a job of the thief's on the same machine, beside it
     beside = f"srun -p shared -n1 -c1 --mem=16 -w {worker} --immediate=20 bash -c "
     if int(cluster.slurm(f"sinfo -h -n {worker} -p shared -o %c")) > 1:
-        command = f"{beside} 'pkill -9 -u {VICTIM}; kill -9 -1; cat /proc/[0-9]*/environ; ls -l /proc/[0-9]*/cwd/ /proc/[0-9]*/root/'"
-        seen = cluster.user(command, THIEF, timeout_s=60).stdout
+        look = f"pkill -9 -u {VICTIM}; kill -9 -1; cat /proc/[0-9]*/environ; ls -l /proc/[0-9]*/cwd/ /proc/[0-9]*/root/"
+        seen = cluster.user(f"{beside} '{look}'", THIEF, timeout_s=60).stdout
         assert f"SLURM_JOB_ID={job}" not in seen
         assert VICTIM not in seen
         assert cluster.queue() == [f"{job} RUNNING"]

@@ -38,8 +38,9 @@ def test_user_does_not_submit_in_another_s_name(cluster: LiveCluster) -> None:
 def test_user_administrates_nothing(cluster: LiveCluster, command: str) -> None:
     cluster.user(command.format(worker=cluster.workers[0]), "test_user1")
     assert cluster.is_idle() == ""
+    show = "sacctmgr -n -P show"
     text = cluster.slurm(
-        "sacctmgr -n -P show assoc user=test_user1 format=Account,Fairshare; sacctmgr -n -P show user test_user1 format=AdminLevel"
+        f"{show} assoc user=test_user1 format=Account,Fairshare; {show} user test_user1 format=AdminLevel"
     )
     assert "root" not in text
     assert "1000" not in text

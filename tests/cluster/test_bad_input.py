@@ -18,7 +18,7 @@ CHECKOUT = (
     "install_docker.sh",
     "pyproject.toml",
 )
-FOLDERS = ("src", "conf", "images", "requirements", "notebooks", ".venv")
+FOLDERS = ("src", "conf", "images", "requirements", "notebooks")
 FILES_OF_IMAGES = ("test_slurm.sh", "test_cfiddle.py", "distribute_images.sh", "start_cluster.sh")
 
 
@@ -30,7 +30,8 @@ def checkout(cluster: LiveCluster, tmp_path: Path) -> Iterator[Path]:
     for name in (*CHECKOUT, *FILES_OF_IMAGES):
         shutil.copy2(ROOT / name, root / name)
     for name in FOLDERS:
-        (root / name).symlink_to(ROOT / name)
+        shutil.copytree(ROOT / name, root / name, symlinks=True)
+    (root / ".venv").symlink_to(ROOT / ".venv")
     before = _state(cluster)
     yield root
     assert _state(cluster) == before
@@ -108,20 +109,11 @@ def test_port_that_is_in_use(checkout: Path) -> None:
 
 
 def test_user_without_rights(checkout: Path) -> None:
-    argv = [
-        "setpriv",
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-        "env",
-        "HOME=/nonexistent",
-        checkout / "invoke",
-        "up",
-    ]
+    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "HOME=/nonexistent"]
     for parent in (checkout, *checkout.parents):
         if parent != Path("/") and parent.stat().st_uid == 0 and "pytest" in str(parent):
             parent.chmod(0o755)
-    result = run(argv, cwd=checkout, timeout_s=60)
+    result = run([*become, checkout / "invoke", "up"], cwd=checkout, timeout_s=60)
     assert result.exit_status == 1, result.output
     assert "root" in result.output or "sudo" in result.output
     assert "Traceback" not in result.output

@@ -152,12 +152,14 @@ def test_who_used_less_goes_first(cluster: LiveCluster) -> None:
         lines = cluster.slurm(f"sshare -n -P -u {','.join(users)} -o User,RawUsage").splitlines()
         return {user: int(used) for user, used in (line.split("|") for line in lines) if user in users}
 
+    def unequal() -> dict[str, int]:
+        found = usage()
+        return found if len(set(found.values())) == len(users) else {}
+
     # Slurm adds up what was used once a minute, so that other tests of this run have usually done the work.
     heavy = cluster.sbatch("sleep 3", "jovyan", nodes)
     cluster.wait_for_state(heavy, "COMPLETED")
-    used = wait_until(
-        lambda: (u := usage())["jovyan"] != u["test_user2"] and u, timeout_s=150, interval_s=2, what="usage"
-    )
+    used = wait_until(unequal, timeout_s=150, interval_s=2, what="usage")
     more, less = sorted(users, key=lambda user: used[user], reverse=True)
     holder = cluster.sbatch("sleep 120", "test_user1", nodes)
     cluster.wait_until_runs(holder)

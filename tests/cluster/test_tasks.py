@@ -1,7 +1,6 @@
 """The administrator's tasks on a cluster that runs."""
 
 import json
-import os
 import re
 import stat
 import subprocess
@@ -131,14 +130,14 @@ def test_secrets_are_root_s_alone(cluster: LiveCluster) -> None:
 
 def test_no_secret_is_an_argument_or_in_the_environment_of_a_process(cluster: LiveCluster) -> None:
     secrets = {path.name: path.read_bytes().strip() for path in (cluster.config.state_dir / "secrets").iterdir()}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for process in Path("/proc").glob("[0-9]*"):
         for part in ("cmdline", "environ"):
             try:
-                data = Path("/proc", pid, part).read_bytes()
+                data = (process / part).read_bytes()
             except OSError:
                 continue
             for name, secret in secrets.items():
-                assert secret not in data, f"{name} in {part} of {Path('/proc', pid, 'comm').read_text()}"
+                assert secret not in data, f"{name} in {part} of {(process / 'comm').read_text()}"
 
 
 def test_everything_carries_the_label(cluster: LiveCluster) -> None:
