@@ -77,15 +77,12 @@ def up_with_new_workers(rounds: int, workers: int) -> list[float]:
     samples = []
     for _ in range(rounds):
         invoke("down")
-        for volume in _volumes_of_machines():
+        for container_id in docker("ps", "-aq", "--filter", "label=cfiddle.machine").split():
+            docker("rm", "-f", "-v", container_id)
+        for volume in docker("volume", "ls", "-q", "--filter", "label=cfiddle.machine").split():
             docker("volume", "rm", volume)
         samples.append(invoke("up"))
     return samples
-
-
-def _volumes_of_machines() -> list[str]:
-    names = docker("volume", "ls", "-q", "--filter", f"label={LABEL}").split()
-    return [name for name in names if name.startswith("cfiddle-machine")]
 
 
 def up_after_down(rounds: int, workers: int) -> dict[str, list[float]]:
@@ -129,7 +126,7 @@ def _srun_true(run_it: Callable[[str], str]) -> float:
 
 
 def srun_against_bare(cluster_config: Config, rounds: int) -> dict[str, list[float]]:
-    """Time `srun true` on the cluster and on two bare containers by turns, as a user, within the container of the caller."""
+    """Time `srun true` on the cluster and on two bare containers by turns, as a user, within the caller's container."""
     times: dict[str, list[float]] = {"cluster": [], "bare": [], "ratio": []}
     with bare_pair(cluster_config) as in_bare:
         for number in range(rounds * 10 + 3):

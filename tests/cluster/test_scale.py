@@ -31,6 +31,25 @@ def test_scale_up_and_down_with_jobs_running(cluster: LiveCluster) -> None:
     assert containers == {service: cluster.container(service) for service in containers}
 
 
+@pytest.mark.timeout(420)
+def test_machine_that_is_in_another_swarm_is_refused(cluster: LiveCluster) -> None:
+    count = len(cluster.workers)
+    invoke("scale", str(count + 1), timeout_s=240).ok()
+    new = cluster.workers[-1]
+    try:
+        cluster.on_worker(new, ["docker", "swarm", "leave", "--force"]).ok()
+        cluster.on_worker(new, ["docker", "swarm", "init", "--advertise-addr", "127.0.0.1"]).ok()
+        result = invoke("up", timeout_s=120)
+        assert result.exit_status == 1
+        assert new in result.output
+        assert "another swarm" in result.output
+        assert "Traceback" not in result.output
+        assert "active" in cluster.on_worker(new, ["docker", "info", "--format", "{{.Swarm.LocalNodeState}}"]).ok()
+    finally:
+        invoke("scale", str(count), timeout_s=240).ok()
+    assert sorted(cluster.nodes()) == cluster.workers
+
+
 @pytest.mark.parametrize("count", ["-1", "two", "1000000"])
 def test_scale_to_nonsense_changes_nothing(cluster: LiveCluster, count: str) -> None:
     result = invoke("scale", f"--workers={count}")

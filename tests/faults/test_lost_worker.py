@@ -2,7 +2,7 @@
 
 import pytest
 
-from live import LiveCluster, docker, invoke, wait_until
+from live import MACHINE, LiveCluster, docker, invoke, wait_until
 
 CALL = """
 import os, time
@@ -32,7 +32,8 @@ def test_worker_gone_for_good_and_back(cluster: LiveCluster) -> None:
     caller = cluster.background(["python3", "-c", CALL], "test_user1", env={"NODE": lost})
     try:
         caller.wait_for_line("begun")
-        docker("rm", "-f", f"cfiddle-machine-{lost}").ok()
+        docker("rm", "-f", "-v", f"{MACHINE}{lost}").ok()
+        docker("volume", "rm", f"{MACHINE}{lost}").ok()
         line = caller.wait_for_line("^told:", timeout_s=120)
         assert caller.wait(timeout_s=30).exit_status == 0
         assert line.split()[1] in ("ConnectionLost", "NodeFailed", "HopFailed", "JobError"), line
