@@ -1,0 +1,104 @@
+"""Ready means that a job ran on each worker and is on record, not that containers are up."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from cfiddle_cluster import slurm
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.wait import wait_until
+
+PROBE = "2000:2000"
+"""The ordinary account `probe`, which has no home and runs nothing else."""
+
+REGISTER_TIMEOUT_S = 120.0
+JOB_TIMEOUT_S = 60.0
+RECORD_TIMEOUT_S = 30.0
+BUSY_TIMEOUT_S = 600.0
+ATTEMPTS = 3
+
+
+def wait_until_ready(machines: Iterable[Machine]) -> None:
+    """Wait until a job of the ordinary account `probe` has run on each worker and its record can be read.
+
+    A worker whose node is busy or drained takes no such job now: it is ready if it answers and has such a record already.
+
+    Args:
+        machines: the cluster's machines; those that are no workers are left alone.
+
+    Raises:
+        ClusterError: a worker does not register, does not answer, or its job fails or leaves no record.
+    """
+    names = [machine.name for machine in machines if "worker" in machine.roles]
+    wait_until(
+        lambda: not _missing(names),
+        timeout_s=REGISTER_TIMEOUT_S,
+        what=f"the workers {', '.join(names)} to answer slurmctld",
+        remedy="./invoke status shows which do not; ./invoke logs slurmd shows why",
+    )
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in pool.map(_ensure_proof, names):
+            pass
+
+
+def _missing(names: Iterable[str]) -> list[str]:
+    nodes = slurm.nodes()
+    return [name for name in names if name not in nodes or not nodes[name].is_answering]
+
+
+def _ensure_proof(name: str) -> None:
+    """Run a job on the worker, or find that one has run on it."""
+    failures: list[ClusterError] = []
+
+    def is_proven() -> bool:
+        if not slurm.nodes()[name].is_idle:
+            return _has_record(name)
+        try:
+            _run_job(name)
+        except ClusterError as error:
+            # Somebody else's job may have come first, or a slurmd that has only just registered was not quite there.
+            failures.append(error)
+            if len(failures) == ATTEMPTS:
+                raise
+            return False
+        return True
+
+    wait_until(
+        is_proven,
+        timeout_s=BUSY_TIMEOUT_S,
+        interval_s=1,
+        what=f"a job of the account probe on {name}, which is busy or drained and has never run one",
+        remedy=f"sinfo --list-reasons tells why it takes no job; scontrol update nodename={name} state=resume lets it",
+    )
+
+
+def _run_job(name: str) -> None:
+    """Run a job on an idle worker and wait for its record."""
+    options = ["--job-name=ready", "--partition=shared", f"--nodelist={name}", "--ntasks=1", "--mem=1", "--time=1"]
+    command = ["srun", "--chdir=/", "--immediate=5", *options, "printenv", "SLURMD_NODENAME", "SLURM_JOB_ID"]
+    where, job = slurm.slurm(command, user=PROBE, timeout_s=JOB_TIMEOUT_S).split()
+    if where != name:
+        raise ClusterError(f"the job for {name} ran on {where}", "two machines must not have the same name")
+    wait_until(
+        lambda: f"{job}|COMPLETED" in _records(name, "--jobs", job),
+        timeout_s=RECORD_TIMEOUT_S,
+        what=f"the record of job {job} on {name} in the accounting",
+        remedy="./invoke logs slurmdbd and ./invoke logs mysql show why",
+    )
+
+
+def _has_record(name: str) -> bool:
+    return any(line.endswith("|COMPLETED") for line in _records(name, "--starttime", "2000-01-01"))
+
+
+def _records(name: str, *which: str) -> list[str]:
+    """Return `JOB|STATE` of jobs of `probe` that ran on the node."""
+    options = [
+        "--noheader",
+        "--parsable2",
+        "--allocations",
+        "--format=JobID,State",
+        "--user=probe",
+        f"--nodelist={name}",
+    ]
+    return slurm.slurm(["sacct", *options, *which]).splitlines()

@@ -1,0 +1,112 @@
+"""The services of the stack as they run: what is there, what is healthy, and the containers on this machine."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from docker.models.containers import Container
+from docker.models.services import Service
+
+from cfiddle_cluster import engine
+from cfiddle_cluster.commands import docker_cli, run
+from cfiddle_cluster.config import STACK
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.wait import wait_until
+
+NAMESPACE = "com.docker.stack.namespace"
+"""The label by which Docker marks what belongs to a stack."""
+
+
+def services() -> list[Service]:
+    """Return the stack's services; none where there is no swarm."""
+    if not is_manager():
+        return []
+    found = engine.client().services.list(filters={"label": f"{NAMESPACE}={STACK}"})
+    return sorted(found, key=lambda service: str(service.name))
+
+
+def container(service: str) -> Container | None:
+    """Return the running container of one of the head's services; None if there is none."""
+    label = f"com.docker.swarm.service.name={STACK}_{service}"
+    running = engine.client().containers.list(filters={"label": label, "status": "running"})
+    return max(running, key=lambda found: str(found.attrs["Created"]), default=None)
+
+
+def wait_until_healthy(*, timeout_s: float) -> None:
+    """Wait until every service runs, healthy, what was last deployed, on every machine that it belongs on.
+
+    Raises:
+        ClusterError: one does not; the message says which, and how its last tasks ended.
+    """
+    try:
+        wait_until(lambda: not unhealthy(), timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
+    except ClusterError as error:
+        lines = "\n".join(_describe(name) for name in unhealthy())
+        raise ClusterError(
+            f"not all services became healthy within {timeout_s:.0f} s:\n{lines}", "./invoke logs SERVICE shows more"
+        ) from error
+
+
+def unhealthy() -> list[str]:
+    """Return the names of the services that do not run everywhere what was last deployed."""
+    api = engine.client().api
+    tasks = api.tasks(filters={"label": f"{NAMESPACE}={STACK}", "desired-state": "running"})
+    return [
+        str(service.name)
+        for service in services()
+        # Swarm calls a task running when its health check has passed.
+        if sum(task["Status"]["State"] == "running" and _is_current(task, service) for task in tasks) < _wanted(service)
+        or any(task["ServiceID"] == service.id and not _is_current(task, service) for task in tasks)
+    ]
+
+
+def running_tasks(service: str) -> list[dict[str, Any]]:
+    """Return the running tasks of one service, on any machine."""
+    tasks = engine.client().api.tasks(filters={"service": f"{STACK}_{service}", "desired-state": "running"})
+    return [task for task in tasks if task["Status"]["State"] == "running"]
+
+
+def live_tasks() -> list[dict[str, Any]]:
+    """Return the tasks that may still have a container, on machines that answer."""
+    api = engine.client().api
+    ready = {node["ID"] for node in api.nodes() if node["Status"]["State"] == "ready"}
+    return [task for task in api.tasks(filters={"label": f"{NAMESPACE}={STACK}"}) if task.get("NodeID") in ready]
+
+
+def is_manager() -> bool:
+    """Tell whether this machine's engine manages a swarm."""
+    return bool(engine.client().info()["Swarm"]["ControlAvailable"])
+
+
+def _wanted(service: Service) -> int:
+    """Return how many tasks a service must have: its replicas, or one on each machine with the label that it asks for."""
+    spec = service.attrs["Spec"]
+    if "Replicated" in spec["Mode"]:
+        return int(spec["Mode"]["Replicated"]["Replicas"])
+    constraints = spec["TaskTemplate"]["Placement"]["Constraints"]
+    return sum(
+        node["Status"]["State"] == "ready"
+        and node["Spec"]["Availability"] == "active"
+        and all(_meets(node["Spec"].get("Labels") or {}, constraint) for constraint in constraints)
+        for node in engine.client().api.nodes()
+    )
+
+
+def _meets(labels: Mapping[str, str], constraint: str) -> bool:
+    label, _, value = constraint.replace(" ", "").partition("==")
+    return labels.get(label.removeprefix("node.labels.")) == value
+
+
+def _is_current(task: Mapping[str, Any], service: Service) -> bool:
+    wanted = service.attrs["Spec"]["TaskTemplate"]["ContainerSpec"]
+    return task["ServiceID"] == service.id and task["Spec"]["ContainerSpec"] == wanted
+
+
+def _describe(name: str) -> str:
+    """Say of a service what its last tasks and its log say."""
+    tasks: Sequence[dict[str, Any]] = engine.client().api.tasks(filters={"service": name})
+    tasks = sorted(tasks, key=lambda task: str(task["UpdatedAt"]))[-3:]
+    endings = {task["Status"].get("Err") or task["Status"]["Message"] for task in tasks}
+    log = run([docker_cli(), "service", "logs", "--raw", "--tail", "5", name], timeout_s=20).strip()
+    return f"{name}: {'; '.join(sorted(endings)) or 'no machine has the label that it needs'}" + (
+        f"\n{log}" if log else ""
+    )

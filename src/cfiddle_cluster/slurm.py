@@ -1,0 +1,179 @@
+"""Slurm, asked and told through its own commands in the container of slurmctld."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cfiddle_cluster.commands import docker_cli, run
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.services import container
+from cfiddle_cluster.wait import wait_until
+
+ACCOUNT = "cfiddle"
+"""The one account that all users belong to; each has a share of their own in it."""
+
+_ABSENT = frozenset({"down", "unknown", "future"})
+
+
+def slurm(argv: Sequence[str], *, timeout_s: float = 60, user: str = "slurm", input: str | None = None) -> str:
+    """Run a command in the container of slurmctld and return what it prints.
+
+    Args:
+        argv: the command and its arguments.
+        timeout_s: seconds until it is given up.
+        user: who runs it: slurm, who may do everything, or "UID:GID" for an ordinary user.
+        input: what it gets on standard input.
+
+    Raises:
+        ClusterError: slurmctld's container does not run, or the command fails.
+    """
+    found = container("slurmctld")
+    if found is None:
+        raise ClusterError(
+            "slurmctld does not run on this machine", "./invoke status shows the services, ./invoke logs slurmctld why"
+        )
+    interactive = [] if input is None else ["--interactive"]
+    argv = [docker_cli(), "exec", *interactive, "--user", user, str(found.id), *argv]
+    return run(argv, timeout_s=timeout_s, input=input)
+
+
+def is_answering() -> bool:
+    """Tell whether slurmctld runs and answers."""
+    try:
+        return " is UP" in slurm(["scontrol", "ping"], timeout_s=20)
+    except ClusterError:
+        return False
+
+
+@dataclass(frozen=True)
+class Node:
+    """A worker as Slurm sees it.
+
+    Attributes:
+        name: the machine's short hostname.
+        state: Slurm's word for it, such as idle, mixed, allocated, draining, drained, down.
+        is_answering: whether its slurmd answers and the node is known to be up.
+        reason: why it is drained or down; empty if it is neither.
+    """
+
+    name: str
+    state: str
+    is_answering: bool
+    reason: str = ""
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_answering and self.state == "idle"
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it takes no more jobs, be some still running or not."""
+        return self.state in ("draining", "drained")
+
+
+def nodes() -> dict[str, Node]:
+    """Return the nodes by name."""
+    return parse_nodes(slurm(["sinfo", "--noheader", "--Node", "--format=%N|%T|%E"]))
+
+
+def parse_nodes(text: str) -> dict[str, Node]:
+    """Read what `sinfo -h -N -o '%N|%T|%E'` prints: one line for each node and partition."""
+    found = {}
+    for line in text.splitlines():
+        name, state, reason = line.split("|", 2)
+        # sinfo(1), "NODE STATE CODES": a sign behind the state, * where slurmd does not answer.
+        base = state.rstrip("*$~#%!@^-+").lower()
+        found[name] = Node(name, base, "*" not in state and base not in _ABSENT, "" if reason == "none" else reason)
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in the queue."""
+
+    id: str
+    user: str
+    partition: str
+    state: str
+    elapsed: str
+    nodes: str
+
+
+def jobs(node: str | None = None) -> list[Job]:
+    """Return the jobs in the queue, or those that run on a node, in the order of their ids.
+
+    Their names are left out: a user chooses them, and may put a line break into one.
+    """
+    where = [] if node is None else [f"--nodelist={node}"]
+    lines = slurm(["squeue", "--noheader", "--sort=i", "--format=%i|%u|%P|%T|%M|%N", *where]).splitlines()
+    return [Job(*line.split("|", 5)) for line in lines]
+
+
+def drain(names: Iterable[str], reason: str) -> None:
+    """Let the nodes take no more jobs; those that run go on."""
+    if names := list(names):
+        slurm(["scontrol", "update", f"nodename={','.join(names)}", "state=drain", f"reason={reason}"])
+
+
+def resume(names: Iterable[str]) -> None:
+    """Let the nodes that are drained take jobs again."""
+    drained = [node.name for node in nodes().values() if node.name in set(names) and node.is_drained]
+    if drained:
+        slurm(["scontrol", "update", f"nodename={','.join(drained)}", "state=resume"])
+
+
+def wait_until_empty(names: Iterable[str], *, timeout_s: float) -> None:
+    """Wait until no job runs on the nodes and no epilog either.
+
+    Raises:
+        ClusterError: jobs still run after that time.
+    """
+    wanted = set(names)
+
+    def is_empty() -> bool:
+        busy = ("allocated", "mixed", "completing", "draining")
+        return not any(node.state in busy and node.is_answering for name, node in nodes().items() if name in wanted)
+
+    wait_until(is_empty, timeout_s=timeout_s, interval_s=0.5, what=f"the jobs on {', '.join(sorted(wanted))} to end")
+
+
+def delete_node(name: str) -> None:
+    """Forget a node whose machine has left; nothing happens where it is not known."""
+    if name in nodes():
+        slurm(["scontrol", "delete", f"nodename={name}"])
+
+
+def _ensure_account() -> None:
+    """Have the account that all users belong to; slurmctld registers the cluster itself, and this waits for it."""
+    wait_until(
+        lambda: slurm(["sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=cluster"]).split(),
+        timeout_s=120,
+        interval_s=0.5,
+        what="slurmctld to register the cluster with slurmdbd",
+    )
+    if ACCOUNT not in slurm(["sacctmgr", "--noheader", "--parsable2", "show", "account", "format=account"]).split():
+        slurm(
+            ["sacctmgr", "--immediate", "add", "account", ACCOUNT, f"description={ACCOUNT}", f"organization={ACCOUNT}"]
+        )
+
+
+def users() -> set[str]:
+    """Return the names of the users who may submit jobs."""
+    listing = ["sacctmgr", "--noheader", "--parsable2", "show", "association", f"account={ACCOUNT}", "format=user"]
+    return set(slurm(listing).split())
+
+
+def ensure_users(names: Iterable[str]) -> None:
+    """Let the users submit jobs, each with a fair share of their own."""
+    _ensure_account()
+    if missing := sorted(set(names) - users()):
+        slurm(["sacctmgr", "--immediate", "add", "user", ",".join(missing), f"account={ACCOUNT}", "fairshare=1"])
+
+
+def delete_user(name: str) -> None:
+    """End a user's jobs and let them submit no more; what they used stays on record."""
+    if name not in users():
+        return
+    slurm(["scancel", f"--user={name}"])
+    is_gone = ["squeue", "--noheader", f"--user={name}", "--format=%i"]
+    wait_until(lambda: not slurm(is_gone).strip(), timeout_s=120, interval_s=0.5, what=f"the jobs of {name} to end")
+    slurm(["sacctmgr", "--immediate", "delete", "user", f"name={name}"])

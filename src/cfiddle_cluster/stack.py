@@ -1,0 +1,210 @@
+"""The stack: its secrets, configurations and services on the swarm.
+
+What a service runs from is named by its content, so a service changes when, and only when, something of it did.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from docker.errors import APIError
+
+from cfiddle_cluster import engine, homes, slurm
+from cfiddle_cluster.commands import docker_cli, run
+from cfiddle_cluster.config import CLUSTER, STACK, Config
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.services import (
+    NAMESPACE,
+    container,
+    is_manager,
+    live_tasks,
+    running_tasks,
+    services,
+    wait_until_healthy,
+)
+from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import wait_until
+
+SECRETS = ("munge-key", "database-password", "jupyter-token")
+CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
+IMAGES = ("mysql", "cluster", "agent", "sandbox", "user")
+
+__all__ = ["container", "deploy", "remove", "services", "wait_until_healthy"]
+
+WORKER_SERVICES = ("slurmd", "agent")
+"""The services that a job runs in: never replaced while one does."""
+
+DRAIN_REASON = "cfiddle: a new version is being deployed"
+DRAIN_TIMEOUT_S = 24 * 3600.0
+"""Seconds that a deploy waits for running jobs: the longest time limit that conf/slurm.conf allows."""
+START_TIMEOUT_S = 180.0
+
+_DEFINITION = "cfiddle.definition"
+_LABELS = {"cfiddle.cluster": CLUSTER, "cfiddle.stack": STACK}
+
+
+def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
+    """Bring the services to what the checkout describes, and wait until all of them are healthy.
+
+    Where the services that jobs run in would change, the workers are drained first, and resumed when it is done.
+
+    Args:
+        config: the administrator's settings.
+        state: where the secrets are.
+        references: for each image, by its short name, what the machines' engines know it by.
+
+    Raises:
+        ClusterError: jobs did not end in time, or a service does not become healthy.
+    """
+    names = _ensure_secrets(state) | _ensure_configs(config.root)
+    values = _values(config, references, names)
+    drained = _drain(values)
+    argv = [docker_cli(), "stack", "deploy", "--with-registry-auth", "--resolve-image", "never"]
+    argv += ["--compose-file", config.root / "docker-compose.yml", STACK]
+    run(argv, timeout_s=120, env={**os.environ, **values})
+    wait_until_healthy(timeout_s=START_TIMEOUT_S)
+    if drained:
+        slurm.resume(drained)
+    _remove_unused(set(names.values()))
+
+
+def remove(*, timeout_s: float = 120) -> None:
+    """Take the services away with their networks, secrets and configurations; volumes stay. Nothing happens where there are none.
+
+    Raises:
+        ClusterError: containers or networks are still there after that time.
+    """
+    client = engine.client()
+    if is_manager():
+        run([docker_cli(), "stack", "rm", STACK], timeout_s=60)
+        wait_until(
+            lambda: not live_tasks(),
+            timeout_s=timeout_s,
+            what="the stack's containers to end on all machines",
+            remedy="a machine that is switched off holds this up: remove it with `docker node rm --force`, then run this again",
+        )
+    of_stack = {"label": f"{NAMESPACE}={STACK}"}
+    wait_until(
+        lambda: not client.containers.list(all=True, filters=of_stack) and not client.networks.list(filters=of_stack),
+        timeout_s=timeout_s,
+        what="the stack's containers and networks to be gone from this machine",
+        remedy=f"docker ps --all --filter label={NAMESPACE}={STACK} shows the containers",
+    )
+    if is_manager():
+        _remove_unused(set())
+
+
+def _ensure_secrets(state: State) -> dict[str, str]:
+    api = engine.client().api
+    there = {item["Spec"]["Name"] for item in api.secrets()}
+    names = {}
+    for secret in SECRETS:
+        value = state.secret(secret).encode()
+        names[_variable("SECRET", secret)] = name = _named(secret, value)
+        if name not in there:
+            api.create_secret(name, value, labels=_LABELS)
+    return names
+
+
+def _ensure_configs(root: Path) -> dict[str, str]:
+    api = engine.client().api
+    there = {item["Spec"]["Name"] for item in api.configs()}
+    names = {}
+    for config, path in CONFIGS.items():
+        data = (root / path).read_bytes()
+        names[_variable("CONFIG", config)] = name = _named(config, data)
+        if name not in there:
+            api.create_config(name, data, labels=_LABELS)
+    return names
+
+
+def _remove_unused(used: set[str]) -> None:
+    """Remove the stack's secrets and configurations that no service has."""
+    api = engine.client().api
+    mine = {"label": f"cfiddle.stack={STACK}"}
+    for items, remove_one in (
+        (api.secrets(filters=mine), api.remove_secret),
+        (api.configs(filters=mine), api.remove_config),
+    ):
+        for item in items:
+            if item["Spec"]["Name"] not in used:
+                try:
+                    remove_one(item["ID"])
+                except APIError as error:
+                    # A service that Swarm is still taking away may hold it; the next deploy looks again.
+                    if error.status_code != 400:
+                        raise
+
+
+def _named(name: str, data: bytes) -> str:
+    # The secrets are random and long: twelve digits of a hash tell nothing about them.
+    return f"{STACK}_{name}-{hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def _variable(kind: str, name: str) -> str:
+    return f"{kind}_{name.upper().replace('-', '_').replace('.', '_')}"
+
+
+def _values(config: Config, references: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return everything that docker-compose.yml names in ${…}."""
+    home = homes.volume_options(config)
+    digest = hashlib.sha256(json.dumps(home, sort_keys=True).encode()).hexdigest()[:8]
+    values = {_variable("IMAGE", name): references[name] for name in IMAGES} | dict(names)
+    values |= {
+        # A volume keeps the options that it was made with, so other options need another volume. The homes are elsewhere.
+        "HOME_VOLUME": f"{STACK}_home-{digest}",
+        "HOME_TYPE": home["type"],
+        "HOME_OPTIONS": home["o"],
+        "HOME_DEVICE": home["device"],
+        "JUPYTER_PORT": str(config.jupyter_port),
+        "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
+        "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
+    }
+    compose = yaml.safe_load((config.root / "docker-compose.yml").read_text())
+    return values | definitions(compose, values)
+
+
+def _number(value: int) -> str:
+    return str(value) if value else ""
+
+
+def definitions(compose: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, str]:
+    """Return a hash of all that makes up each of the services that jobs run in, as the label that it carries."""
+    unknown = {_variable("DEFINITION", service): "" for service in WORKER_SERVICES}
+    return {
+        _variable("DEFINITION", service): hashlib.sha256(
+            Template(json.dumps([compose["services"][service], compose["volumes"]], sort_keys=True))
+            .substitute(values, **unknown)
+            .encode()
+        ).hexdigest()[:12]
+        for service in WORKER_SERVICES
+    }
+
+
+def _drain(values: Mapping[str, str]) -> list[str]:
+    """Let the workers run empty if a service that jobs run in will change; return the nodes to resume afterwards."""
+    there = {str(service.name).removeprefix(f"{STACK}_"): service for service in services()}
+    changing = [
+        service
+        for service in WORKER_SERVICES
+        if service in there
+        and there[service].attrs["Spec"]["Labels"].get(_DEFINITION) != values[_variable("DEFINITION", service)]
+    ]
+    if changing and running_tasks("slurmd"):
+        if not slurm.is_answering():
+            raise ClusterError(
+                f"{' and '.join(changing)} would be replaced, but slurmctld does not answer, so whether jobs run is not known",
+                "./invoke logs slurmctld shows why; ./invoke down, then ./invoke up, if no job matters",
+            )
+        free = [name for name, node in slurm.nodes().items() if not node.is_drained]
+        slurm.drain(free, DRAIN_REASON)
+        slurm.wait_until_empty(slurm.nodes(), timeout_s=DRAIN_TIMEOUT_S)
+    if "slurmctld" in there and slurm.is_answering():
+        # Also those that a deploy drained which was then interrupted.
+        return [name for name, node in slurm.nodes().items() if node.is_drained and node.reason == DRAIN_REASON]
+    return []
