@@ -130,7 +130,7 @@ def _token(username: str, state: State) -> str:
     if not token:
         raise ClusterError(
             f"no password for {username}, who is DOCKERHUB_USERNAME in config.sh",
-            f"set {TOKEN_VARIABLE} in the environment, once; or empty DOCKERHUB_USERNAME for the cluster's own registry",
+            f"set {TOKEN_VARIABLE} in the environment, once; or empty DOCKERHUB_USERNAME to use the cluster's own",
         )
     state.write(f"secrets/{TOKEN_SECRET}", token)
     return token

@@ -1,0 +1,162 @@
+"""Which image goes where, by which way, and what stops it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cfiddle_cluster import distribution
+from cfiddle_cluster.commands import CommandError
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.images import IMAGES
+from cfiddle_cluster.registry import Registry
+
+PASSWORD = "correct-horse-battery"
+BUILT = {name: f"cfiddle-{name}:0123456789ab" for name in IMAGES}
+REGISTRY = "192.0.2.1:5000"
+DIGEST = "sha256:" + "d" * 64
+
+
+@dataclass
+class FakeMachine:
+    """A machine of ours that remembers the scripts that it was given."""
+
+    name: str
+    roles: frozenset[str]
+    complaint: str = ""
+    images: list[str] = field(default_factory=list)
+    scripts: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def script(self, text: str, args: Sequence[str] = (), *, timeout_s: float) -> str:
+        self.scripts.append((text, list(args)))
+        if self.complaint:
+            raise CommandError(["ssh", self.name], 1, self.complaint, "ended with status 1")
+        return ""
+
+    def run(self, _argv: Sequence[str], *, timeout_s: float) -> str:
+        return "\n".join(self.images)
+
+
+class FakeEngine:
+    """An engine of ours that has the built images, and a registry behind it."""
+
+    def __init__(self) -> None:
+        self.pushed: list[str] = []
+        self.refusal = ""
+        self.digests: dict[str, str] = {}
+        self.images = self
+        self.api = self
+
+    def get(self, reference: str) -> Any:
+        name = reference.partition(":")[0]
+        known = [f"{REGISTRY}/{name}@{self.digests[name]}"] if name in self.digests else []
+        return SimpleNamespace(id=f"sha256:{name}", attrs={"RepoDigests": known}, tag=lambda *_args: True)
+
+    def push(self, repository: str, _tag: str, **_options: object) -> Iterator[dict[str, Any]]:
+        if self.refusal:
+            yield {"error": self.refusal}
+            return
+        self.pushed.append(repository.rpartition("/")[2])
+        yield {"status": "Pushed"}
+        yield {"aux": {"Digest": DIGEST}}
+
+    def inspect_distribution(self, _reference: str, **_options: object) -> dict[str, Any]:
+        return {"Descriptor": {}}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(distribution.engine, "client", lambda: fake)
+    own = Registry(REGISTRY, "", "cfiddle", PASSWORD)
+    monkeypatch.setattr(distribution.registry, "of", lambda _config, _state: own)
+    return fake
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Return what was copied over SSH to each machine."""
+    found: dict[str, list[str]] = {}
+    monkeypatch.setattr(distribution, "copy", lambda machine, images: found.update({machine.name: sorted(images)}))
+    return found
+
+
+def head(*roles: str) -> FakeMachine:
+    return FakeMachine("head", frozenset({"head", *roles}))
+
+
+def worker(name: str, complaint: str = "") -> FakeMachine:
+    return FakeMachine(name, frozenset({"worker"}), complaint)
+
+
+def distribute(*machines: FakeMachine) -> dict[str, str]:
+    return distribution.distribute(None, None, machines, BUILT, lambda _text: None)  # type: ignore[arg-type]
+
+
+def test_one_machine_needs_no_registry(engine: FakeEngine) -> None:
+    references = distribute(head("worker"))
+    assert engine.pushed == []
+    assert references["agent"] == "sha256:cfiddle-agent"
+
+
+def test_workers_get_by_digest_what_they_run_and_no_more(engine: FakeEngine) -> None:
+    c1 = worker("c1")
+    references = distribute(head(), c1)
+    assert sorted(engine.pushed) == ["cfiddle-agent", "cfiddle-cluster", "cfiddle-sandbox"]
+    assert references["agent"] == f"{REGISTRY}/cfiddle-agent@{DIGEST}"
+    assert references["user"] == "sha256:cfiddle-user"
+    ((_, arguments),) = c1.scripts
+    assert sorted(arguments) == [
+        f"{REGISTRY}/cfiddle-{name}@{DIGEST}=cfiddle-{name}:0123456789ab" for name in ("agent", "cluster", "sandbox")
+    ]
+
+
+def test_password_goes_over_standard_input_and_never_in_an_argument(engine: FakeEngine) -> None:
+    c1 = worker("c1")
+    distribute(head(), c1)
+    ((text, arguments),) = c1.scripts
+    auth = Registry(REGISTRY, "", "cfiddle", PASSWORD).docker_config
+    assert auth in text
+    assert not any(PASSWORD in argument or auth in argument for argument in arguments)
+
+
+def test_what_the_registry_has_is_not_pushed_again(engine: FakeEngine) -> None:
+    engine.digests = {f"cfiddle-{name}": DIGEST for name in IMAGES}
+    references = distribute(head(), worker("c1"))
+    assert engine.pushed == []
+    assert references["cluster"] == f"{REGISTRY}/cfiddle-cluster@{DIGEST}"
+
+
+def test_machine_that_cannot_pull_gets_all_over_ssh_and_all_use_ids(
+    engine: FakeEngine, copied: dict[str, list[str]]
+) -> None:
+    references = distribute(head(), worker("c1"), worker("c2", "dial tcp 192.0.2.1:5000: connect: no route to host"))
+    assert set(references.values()) == {f"sha256:cfiddle-{name}" for name, image in IMAGES.items() if image.roles}
+    assert copied == {name: [BUILT["agent"], BUILT["cluster"], BUILT["sandbox"]] for name in ("c1", "c2")}
+
+
+def test_registry_that_cannot_be_reached_is_replaced_by_ssh(engine: FakeEngine, copied: dict[str, list[str]]) -> None:
+    engine.refusal = "dial tcp 192.0.2.1:5000: connect: connection refused"
+    assert distribute(head(), worker("c1"))["agent"] == "sha256:cfiddle-agent"
+    assert list(copied) == ["c1"]
+
+
+def test_wrong_password_is_said_and_not_worked_around(engine: FakeEngine, copied: dict[str, list[str]]) -> None:
+    engine.refusal = "unauthorized: authentication required"
+    with pytest.raises(ClusterError, match="refuses the password of cfiddle"):
+        distribute(head(), worker("c1"))
+    assert copied == {}
+
+
+def test_password_refused_to_a_worker_is_said(engine: FakeEngine, copied: dict[str, list[str]]) -> None:
+    with pytest.raises(ClusterError, match="refuses the password of cfiddle"):
+        distribute(head(), worker("c1", "Error response from daemon: no basic auth credentials"))
+    assert copied == {}
+
+
+def test_full_disk_is_said_with_the_machines_name(engine: FakeEngine, copied: dict[str, list[str]]) -> None:
+    with pytest.raises(ClusterError, match="the disk of c1 is full"):
+        distribute(head(), worker("c1", "write /var/lib/docker/tmp/x: no space left on device"))
+    assert copied == {}
