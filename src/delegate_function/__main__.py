@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -50,10 +48,9 @@ def run_file(before: Path, after: Path) -> None:
     try:
         with open(fd, "wb") as file:
             cloudpickle.dump((value, raised, obj), file)
-        os.replace(temporary, after)
+        Path(temporary).replace(after)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

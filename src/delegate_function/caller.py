@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from delegate_function import files, frames, hop, inside, launch
@@ -396,8 +397,8 @@ def _travel(hops: list[dict[str, Any]], payload: _Payload, outputs: list[str], r
         "kind": kind,
         "parts": payload.parts,
         "outputs": outputs,
-        "directory": os.getcwd(),
-        "path": [os.path.abspath(entry) for entry in sys.path],
+        "directory": str(Path.cwd()),
+        "path": [str(Path(entry).absolute()) for entry in sys.path],
     }
     header = frames.encode_json(frames.SPEC, spec)
     where = hop.describe(kind, number, len(hops))

@@ -142,7 +142,7 @@ def _pack(runner: Any, invocations: list[Any]) -> dict[str, Any]:
         built = invocation.executable
         if id(built) not in executables:
             directory = f"build-{len(executables)}"
-            name = f"{directory}/{os.path.basename(built.lib)}"
+            name = f"{directory}/{Path(built.lib).name}"
             libraries[name] = Path(built.lib).read_bytes()
             executable = executables[id(built)] = copy.copy(built)
             executable.__class__ = _plain(type(built))
@@ -185,7 +185,7 @@ class _Experiment:
         packed, self._packed = self._packed, None
         assert packed is not None
         for name, library in packed["libraries"].items():
-            os.makedirs(os.path.dirname(name), exist_ok=True)
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_bytes(library)
         runner = packed["runner"]
         _check_loadable()

@@ -7,10 +7,13 @@ of hops, which are plain data; the call itself is packed once, and opened only w
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from delegate_function import caller, files, slurm
@@ -83,7 +86,7 @@ class BaseDelegate:
         if hops:
             return caller.call(hops, obj, method, args, kwargs or {}, inputs=inputs, outputs=outputs, info=info)
         value = getattr(obj, method)(*args, **(kwargs or {}))
-        missing = [path for path in files.checked(outputs) if not os.path.isfile(path)]
+        missing = [path for path in files.checked(outputs) if not Path(path).is_file()]
         if missing:
             raise ResultNotReturned(f"the call did not write {', '.join(missing)}")
         return value
@@ -232,13 +235,12 @@ class SandboxDelegate(BaseDelegate):
         memory_mb: int | None = None,
     ) -> None:
         super().__init__(subdelegate, debug_pre_hook, interactive)
-        if not isinstance(profile, str) or not profile.isascii() or not profile.replace("-", "").isalnum():
+        if not isinstance(profile, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", profile):
             raise ConfigurationError(f"{profile!r} is no name of a profile")
-        if profile.startswith("-") or len(profile) > 64:
-            raise ConfigurationError(f"{profile!r} is no name of a profile")
-        for name, value in (("seconds", seconds), ("memory_mb", memory_mb)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-                raise ConfigurationError(f"{name} is a number greater than 0, not {value!r}")
+        if seconds is not None and (type(seconds) not in (int, float) or not 0 < seconds < math.inf):
+            raise ConfigurationError(f"seconds is a number greater than 0, not {seconds!r}")
+        if memory_mb is not None and (type(memory_mb) is not int or memory_mb <= 0):
+            raise ConfigurationError(f"memory_mb is a whole number greater than 0, not {memory_mb!r}")
         self._hop = _without_none(type="sandbox", profile=profile, seconds=seconds, memory_mb=memory_mb)
 
     def hops(self) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Relay:
         self._end_held = False
         self._ending_since: float | None = None
         self._explanation: list[DelegateFunctionException] | None = None
+        self.abandoned = False
         self.where = where
         self._number = int(spec["hop"])
         self._next = self._start(spec)
@@ -106,7 +107,7 @@ class Relay:
             link.flush()
             link.beat()
         if up.silent:
-            self._over = True
+            self._over = self.abandoned = True
         if self._over:
             return
         if self._call_is_next:
@@ -117,7 +118,7 @@ class Relay:
     def _from_up(self) -> None:
         self._take(self._up.receive())
         if self._up.closed:
-            self._over = True
+            self._over = self.abandoned = True
 
     def _take(self, received: list[tuple[bytes, bytes]]) -> None:
         for kind, content in received:
@@ -272,6 +273,9 @@ def serve(read_fd: int, write_fd: int) -> None:
         finish_sending(up, frames.Poller())
         return
     relay.run(waiting)
+    if relay.abandoned and greeting["job"]:
+        # Whoever started the job is gone, perhaps without a chance to take it away.
+        slurm.cancel(str(greeting["job"]))
 
 
 def main() -> None:

@@ -7,13 +7,18 @@ process forks and serves the call with `serve`.
 
 from __future__ import annotations
 
+# ruff: noqa: PTH (pathlib takes longer to load than all that a hop needs)
+
 import contextlib
+import gc
 import importlib
 import io
 import json
 import os
 import pickle
+import select
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -148,9 +153,9 @@ def _take_output(out_fd: int, err_fd: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, closefd=False)
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+        stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
         setattr(sys, name, stream)
     _line_buffer_c_output()
 
@@ -386,21 +391,67 @@ def loads(data: bytes | bytearray | memoryview, obj: Any) -> Any:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Wait in a sandbox for its one call, and serve it."""
-    modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=True) if option == "--import"]
+    """Wait in a sandbox for its one call, and let a child of this process serve it.
+
+    This process is the sandbox's first: when it ends, the kernel ends all others. It outlives the call, so that the
+    agent can still look at what was used, and ends when the agent closes the connection or is gone.
+    """
+    modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=False) if option == "--import"]
     if len(modules) * 2 != len(arguments):
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
-    for module in modules:
+    for module in ("cloudpickle", "ctypes", *modules):
         importlib.import_module(module)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as agent:
-        agent.connect(SOCKET)
-        agent.send(json.dumps({"type": "ready"}).encode())
-        message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
+    agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    agent.connect(SOCKET)
+    agent.send(json.dumps({"type": "ready"}).encode())
+    gc.collect()
+    gc.freeze()  # the child shares these pages as long as its collector leaves them alone
+    message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
     if not message:
-        sys.exit("the agent is gone")
+        os._exit(1)
     if json.loads(message).get("type") != "call" or len(descriptors) != 3:
         sys.exit("the agent sent no call")
-    serve(descriptors[0], descriptors[1], descriptors[2])
+    child = os.fork()
+    if child == 0:
+        agent.close()
+        serve(descriptors[0], descriptors[1], descriptors[2])
+    for fd in descriptors:
+        os.close(fd)
+    _supervise(child, agent)
+
+
+def _supervise(child: int, agent: socket.socket) -> NoReturn:
+    """Reap processes, report the child's status to the agent, and end when it closes the connection."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: the call cannot take the connection out of this process
+    connection = agent.fileno()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_read, False)
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    while True:
+        for status in _reap(child):
+            agent.send(json.dumps({"type": "done", "status": status}).encode())
+        ready, _, _ = select.select([wake_read, connection], [], [])
+        if connection in ready:
+            os._exit(0)
+        with contextlib.suppress(BlockingIOError):
+            os.read(wake_read, 4096)
+
+
+def _reap(child: int) -> Iterator[int]:
+    """Reap all processes that ended; yield the child's status, negative for the signal that killed it."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if pid == child:
+            yield os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

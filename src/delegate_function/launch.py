@@ -6,6 +6,8 @@ forked from this one in which the call runs, and a sandbox that the node's agent
 
 from __future__ import annotations
 
+# ruff: noqa: PTH (pathlib takes longer to load than all that a hop needs)
+
 import contextlib
 import os
 import signal
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
 
 _TAIL = 16 * 1024
 _GRACE_S = 1.0
+_LIMITS = {
+    "time": ("seconds", "s"),
+    "memory": ("memory_mb", "MB"),
+    "processes": ("processes", "processes"),
+    "output": ("output_mb", "MB"),
+}
 DEFAULT_OUTPUT_MB = 16
 """What a sandboxed call may write to standard output and standard error together, where the policy says nothing."""
 
@@ -111,7 +119,9 @@ class Process(Next):
             env=environment,
             start_new_session=True,  # a Ctrl-C in the terminal is for the caller, who ends this in order
         )
-        assert self._process.stdin and self._process.stdout and self._process.stderr
+        assert self._process.stdin
+        assert self._process.stdout
+        assert self._process.stderr
         self.link = frames.Link(self._process.stdout.fileno(), self._process.stdin.fileno())
         self.outputs: dict[int, bytes] = {}
         self.wake_fd = self._process.stderr.fileno()
@@ -151,10 +161,11 @@ class Process(Next):
                 stream.close()  # type: ignore[union-attr]
         if self._process.poll() is None:
             self._process.terminate()
-            self._finish()
-            if self._process.returncode == -signal.SIGKILL and self.job_id:
-                slurm.cancel(self.job_id)
         self._finish()
+        if self._process.returncode < 0 and self.job_id:
+            # srun was killed before it could take its job away.
+            slurm.cancel(self.job_id)
+            self.job_id = None
 
     def close(self) -> None:
         """Let the process end by itself after the call did, within bounds."""
@@ -281,8 +292,6 @@ class Sandbox(Next):
         self._where = where
         self._hop = hop
         self._job = int(job)
-        self._seconds = hop.get("seconds")
-        self._memory_mb = hop.get("memory_mb")
         self._started: dict[str, Any] = {}
         self._ended: Any = None
         self._error: DelegateFunctionException | None = None
@@ -305,9 +314,9 @@ class Sandbox(Next):
             try:
                 self._ended = agent.call(
                     job=self._job,
-                    profile=self._hop.get("profile", "default"),
-                    seconds=self._seconds,
-                    memory_mb=self._memory_mb,
+                    profile=str(self._hop.get("profile", "default")),
+                    seconds=self._hop.get("seconds"),
+                    memory_mb=self._hop.get("memory_mb"),
                     channel=channel,
                     stdout=out_fd,
                     stderr=err_fd,
@@ -325,6 +334,9 @@ class Sandbox(Next):
 
     def _on_started(self, message: dict[str, Any]) -> None:
         self._started = message
+        limits = message.get("limits") or {}
+        if limits.get("output_mb"):
+            self.output_limit = int(limits["output_mb"] * 1024**2)
 
     def on_wake(self) -> None:
         if not os.read(self.wake_fd, 1):
@@ -342,11 +354,11 @@ class Sandbox(Next):
         reason = self._ended.reason
         details: dict[str, Any] = {"reason": reason, **self.usage()}
         detail = f" ({self._ended.detail})" if self._ended.detail else ""
-        if reason in ("time", "memory", "processes", "output"):
-            asked = {"time": ("seconds", "s"), "memory": ("memory_mb", "MB")}.get(reason)
-            size = self._ended_limit(asked[0]) if asked else None
-            limit = f" of {size} {asked[1]}" if asked and size else ""
-            return LimitExceeded(f"killed, {reason} limit{limit}{detail}", where=self._where, limit=reason, **details)
+        if reason in _LIMITS:
+            field, unit = _LIMITS[reason]
+            size = (self._started.get("limits") or {}).get(field)
+            text = f"killed, {reason} limit" + (f" of {size} {unit}" if size else "") + detail
+            return LimitExceeded(text, where=self._where, limit=reason, **details)
         if reason == "exited":
             status = self._ended.exit_status
             return ProcessDied(
@@ -357,10 +369,6 @@ class Sandbox(Next):
             )
         return HopFailed(f"the sandbox ended: {reason}{detail}", where=self._where, **details)
 
-    def _ended_limit(self, name: str) -> Any:
-        limits = self._started.get("limits")
-        return (limits.get(name) if isinstance(limits, dict) else None) or self._hop.get(name)
-
     def kill(self) -> None:
         # The agent destroys the sandbox of whoever is gone; this process ends next.
         self._channel.close()
@@ -369,8 +377,6 @@ class Sandbox(Next):
 def _status_text(status: int | None) -> str:
     if status is None:
         return "ended"
-    if status > 128 and status - 128 in signal.valid_signals():
-        status = 128 - status  # as a shell or a container says it
     if status < 0:
         with contextlib.suppress(ValueError):
             return f"was killed by {signal.Signals(-status).name}"

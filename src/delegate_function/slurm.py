@@ -6,6 +6,8 @@ become an option of its own.
 
 from __future__ import annotations
 
+# ruff: noqa: PTH (pathlib takes longer to load than all that a hop needs)
+
 import os
 import re
 import time
@@ -44,6 +46,7 @@ OPTIONS = {
 }
 _UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "SUSPENDED")
 _QUERY_S = 5.0
+_ENDING_S = 2.0
 _SETPRIV = "/usr/bin/setpriv"
 
 
@@ -96,7 +99,8 @@ def explain(status: int | None, diagnostics: str, where: str, job_id: str | None
     if job_id is None:
         named = re.search(r"\bjob(?: allocation|id)? (\d+)", diagnostics, re.IGNORECASE)
         job_id = named[1] if named else None
-    known = query(job_id) if job_id else {}
+    killed = status is not None and status < 0  # then the job does not end with srun
+    known = query(job_id, wait_s=0 if killed else _ENDING_S) if job_id else {}
     state = known.get("JobState", "")
     said = _quoted(diagnostics)
     details: dict[str, Any] = {"job_id": job_id, "state": state or None, "exit_status": status}
@@ -118,7 +122,10 @@ def explain(status: int | None, diagnostics: str, where: str, job_id: str | None
         return JobRejected(f"Slurm did not accept the job{said}", where=where, **details)
     if state and state not in _UNFINISHED:
         return JobError(f"{about} ended as {state}{because} before the call did{said}", where=where, **details)
-    ended = f"srun ended with status {status} before the call did" + (f"; {about} is {state}" if state else "")
+    ended = (
+        f"srun {'was killed by signal' if killed else 'ended with status'} {abs(status or 0)} before the call did"
+        + (f"; {about} is {state}" if state else "")
+    )
     return HopFailed(ended + said, where=where, **details)
 
 
@@ -139,7 +146,7 @@ def _quoted(diagnostics: str) -> str:
     return "; it said:\n" + "\n".join(lines[-20:]) if lines else ""
 
 
-def query(job_id: str, *, wait_s: float = 2.0) -> dict[str, str]:
+def query(job_id: str, *, wait_s: float = _ENDING_S) -> dict[str, str]:
     """Return what slurmctld knows of a job, waiting a moment for its final state; nothing if it cannot be asked."""
     deadline = time.monotonic() + wait_s
     while True:

@@ -38,7 +38,7 @@ class ShellCommandClass:
         """Run the command with `env` added to the environment; return what subprocess.run returns."""
         env = None if self._env is None else {**os.environ, **self._env}
         keywords: dict[str, Any] = {"check": False, "env": env, **self._kwargs}
-        done: subprocess.CompletedProcess[Any] = subprocess.run(*self._args, **keywords)  # noqa: PLW1510
+        done: subprocess.CompletedProcess[Any] = subprocess.run(*self._args, **keywords)
         return done
 
 
