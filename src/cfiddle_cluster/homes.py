@@ -1,5 +1,6 @@
-"""Home directories: HOME_ROOT on the head, exported to the workers or bound into simulated ones, or a server of one's own."""
+"""Home directories: HOME_ROOT on the head, exported to real workers or bound into simulated ones; or another server."""
 
+import contextlib
 import os
 import shutil
 import stat
@@ -18,26 +19,22 @@ _NFS_OPTIONS = "nfsvers=4.2,proto=tcp,hard,timeo=600,retrans=2,nosuid,nodev"
 
 def is_external(config: Config) -> bool:
     """Whether homes are on a server that existed before the cluster and is not this machine."""
-    return config.home_storage == "nfs" and bool(config.home_server)
+    return config.home_storage == "nfs" and config.home_server not in ("", config.head_addr)
 
 
 def volume_options(config: Config) -> dict[str, str]:
-    """Return the local volume driver's options (type, o, device) for /home, the same on every machine.
-
-    HOME_SERVER is `HOST` or `HOST:PATH`; without a path it exports HOME_ROOT.
-    """
+    """Return the local volume driver's options (type, o, device) for /home, the same on every machine."""
     if config.home_storage == "bind":
         return {"type": "none", "o": "bind", "device": str(config.home_root)}
-    server, path = _server(config)
-    return {"type": "nfs", "o": f"addr={server},{_NFS_OPTIONS}", "device": f":{path}"}
+    server = config.home_server or config.head_addr
+    return {"type": "nfs", "o": f"addr={server},{_NFS_OPTIONS}", "device": f":{config.home_root}"}
 
 
 def exports(config: Config) -> str:
-    """Return the line of exports(5): HOME_ROOT for the workers and the head itself, and for nobody else; root there is nobody here."""
-    path = str(config.home_root).replace("\\", "\\134").replace(" ", "\\040")
+    """Return the line of exports(5): HOME_ROOT for the machines of the cluster alone, whose root is nobody here."""
     options = "rw,sync,root_squash,no_subtree_check"
-    clients = " ".join(f"{address}({options})" for address in dict.fromkeys([*config.worker_addrs, config.head_addr]))
-    return f"{path} {clients}\n"
+    clients = (f"{address}({options})" for address in dict.fromkeys([*config.worker_addrs, config.head_addr]))
+    return f"{config.home_root} {' '.join(clients)}\n"
 
 
 def ensure_homes(config: Config) -> None:
@@ -97,8 +94,10 @@ def delete_home(config: Config, name: str) -> None:
         ClusterError: it is on an external server.
     """
     if is_external(config):
-        server, path = _server(config)
-        raise ClusterError(f"the home of {name} is on {server}", f"delete {path}/{name} there; then run this again without --delete-home")
+        raise ClusterError(
+            f"the home of {name} is on {config.home_server}",
+            f"delete {config.home_root}/{name} there, and run this without --delete-home",
+        )
     home = config.home_root / name
     if os.path.lexists(home):
         shutil.rmtree(home)
@@ -111,8 +110,9 @@ def purge(config: Config) -> None:
         run(["exportfs", "-ra"], timeout_s=30)
     if not is_external(config) and config.home_root.exists():
         shutil.rmtree(config.home_root)
-        if config.home_root.parent.name == "cfiddle-cluster" and not any(config.home_root.parent.iterdir()):
-            config.home_root.parent.rmdir()
+        if config.home_root.parent.name == "cfiddle-cluster":
+            with contextlib.suppress(OSError):  # holds something else
+                config.home_root.parent.rmdir()
 
 
 def kernel_has_nfs_server() -> bool:
@@ -125,16 +125,11 @@ def kernel_has_nfs_server() -> bool:
     return any(line.split()[-1] == "nfsd" for line in Path("/proc/filesystems").read_text().splitlines())
 
 
-def _server(config: Config) -> tuple[str, str]:
-    server, _, path = (config.home_server or config.head_addr).partition(":/")
-    return server, f"/{path}" if path else str(config.home_root)
-
-
 def _ensure_export(config: Config) -> None:
     if not kernel_has_nfs_server():
         raise ClusterError(
             "this machine's kernel cannot serve NFS (no nfsd), so real workers would have no /home",
-            "set HOME_STORAGE=nfs and HOME_SERVER=HOST:PATH in config.sh for a server that exists, or use a kernel with nfsd as head",
+            "set HOME_SERVER in config.sh to a server that exports HOME_ROOT, or take a head whose kernel has nfsd",
         )
     ensure_packages(["nfs-kernel-server"])
     text = exports(config)

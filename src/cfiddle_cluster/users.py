@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfiddle_cluster import engine, homes, slurm, stack, userhost
+from cfiddle_cluster import engine, homes, services, slurm, userhost
 from cfiddle_cluster.config import LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
@@ -25,9 +25,11 @@ _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 # Users and groups of the images. An account of such a name would be hidden by the system's, or hide it.
 _SYSTEM_NAMES = frozenset(
-    "root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody nogroup adm tty disk kmem "
-    "dialout fax voice cdrom floppy tape sudo audio dip operator src shadow utmp video sasl plugdev staff users input sgx clock "
-    "kvm render crontab messagebus sshd docker munge slurm mysql registry sandbox".split()
+    """
+    root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody nogroup adm tty disk
+    kmem dialout fax voice cdrom floppy tape sudo audio dip operator src shadow utmp video sasl plugdev staff users
+    input sgx clock kvm render crontab messagebus sshd docker munge slurm mysql registry sandbox
+    """.split()
 )
 
 
@@ -61,7 +63,9 @@ def find(state: State, name: str) -> User:
     """
     users = {user.name: user for user in listing(state)}
     if name not in users:
-        raise ClusterError(f"there is no user {name!r}; there are {', '.join(users)}", f"add one with: ./invoke add-user {name}")
+        raise ClusterError(
+            f"there is no user {name!r}; there are {', '.join(users)}", f"add one with: ./invoke add-user {name}"
+        )
     return users[name]
 
 
@@ -112,11 +116,13 @@ def remove(config: Config, state: State, name: str, *, delete_home: bool = False
     """
     user = find(state, name)
     if name in _BUILT_IN:
-        raise ClusterError(f"{name} belongs to the cluster and stays", "use `./invoke shell` to change what is in its home")
+        raise ClusterError(
+            f"{name} belongs to the cluster and stays", "use `./invoke shell` to change what is in its home"
+        )
     # No name, no new session; then the sessions; then Slurm, from which a job's own processes may still submit.
     _place_accounts([*(other for other in listing(state) if other != user), PROBE])
     userhost.end_sessions(user)
-    if stack.container("slurmctld"):
+    if services.container("slurmctld"):
         slurm.delete_user(name)
     if delete_home:
         homes.delete_home(config, name)
@@ -156,16 +162,23 @@ def _rows(path: Path) -> list[tuple[str, str, int | None]]:
             reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             columns = [column.strip() for column in reader.fieldnames or []]
             if "name" not in columns or set(columns) - {"name", "uid"} or len(set(columns)) < len(columns):
-                raise ClusterError(f"{path} has the columns {', '.join(columns) or '(none)'}", "its first line must be: name or: name,uid")
+                raise ClusterError(
+                    f"{path} has the columns {', '.join(columns) or '(none)'}",
+                    "its first line must be: name or: name,uid",
+                )
             reader.fieldnames = columns
             rows: list[tuple[str, str, int | None]] = []
             for row in reader:
                 where = f"line {reader.line_num}: "
                 text = (row.get("uid") or "").strip()
                 if None in row or row["name"] is None:
-                    raise ClusterError(f"{path}, {where}it has not {len(columns)} columns", "correct the line; no user was added")
-                if text and not text.isascii() or not text.isdigit() and text:
-                    raise ClusterError(f"{path}, {where}the uid {text!r} is no number", "correct the line; no user was added")
+                    raise ClusterError(
+                        f"{path}, {where}it has not {len(columns)} columns", "correct the line; no user was added"
+                    )
+                if not re.fullmatch("[0-9]{0,9}", text):
+                    raise ClusterError(
+                        f"{path}, {where}the uid {text!r} is no number", "correct the line; no user was added"
+                    )
                 rows.append((where, row["name"].strip(), int(text) if text else None))
     except FileNotFoundError:
         raise ClusterError(f"there is no file {path}", "name a CSV file with the columns name or name,uid") from None
@@ -187,7 +200,7 @@ def _add(config: Config, state: State, wanted: list[tuple[str, str, int | None]]
         known["former"].pop(name, None)
     state.write_json(LIST, known)
     _place_accounts([*listing(state), PROBE])
-    if stack.container("slurmctld"):
+    if services.container("slurmctld"):
         slurm.ensure_users([user.name for user in users])
     userhost.fill_homes(users)
     return users
@@ -197,7 +210,11 @@ def _choose_uids(known: dict[str, Any], wanted: list[tuple[str, str, int | None]
     """Return a uid for each wanted user, or raise with all that is wrong."""
     users: dict[str, int] = known["users"]
     former: dict[str, int] = known["former"]
-    owners = {PROBE.uid: PROBE.name, **{uid: name for name, uid in former.items()}, **{uid: name for name, uid in users.items()}}
+    owners = {
+        PROBE.uid: PROBE.name,
+        **{uid: name for name, uid in former.items()},
+        **{uid: name for name, uid in users.items()},
+    }
     # What is asked for by number is settled first, so that no number that is chosen gets in its way.
     taken = {**owners, **{uid: name for _, name, uid in wanted if uid is not None and uid not in owners}}
     chosen: dict[str, int] = {}
@@ -227,7 +244,12 @@ def _choose_uids(known: dict[str, Any], wanted: list[tuple[str, str, int | None]
 
 
 def _fault(
-    name: str, uid: int | None, users: dict[str, int], former: dict[str, int], chosen: dict[str, int], owners: dict[int, str]
+    name: str,
+    uid: int | None,
+    users: dict[str, int],
+    former: dict[str, int],
+    chosen: dict[str, int],
+    owners: dict[int, str],
 ) -> str:
     """Return why a user cannot be added, or nothing."""
     if not _NAME.fullmatch(name):

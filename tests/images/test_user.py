@@ -1,0 +1,275 @@
+"""The image of the users' node, alone: JupyterLab as an ordinary user, and nothing of root's for anybody."""
+
+import http.client
+import json
+import re
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cfiddle_cluster import config, images
+from cfiddle_cluster.commands import docker_cli
+from cfiddle_cluster.config import LABEL
+from cfiddle_cluster.users import PROBE, User, group, passwd
+from live import ROOT, wait_until
+
+USERS = [
+    User("jovyan", 1000, 100, "/home/jovyan"),
+    User("ada", 2003, 2003, "/home/ada"),
+    User("eve", 2004, 2004, "/home/eve"),
+]
+TOKEN = secrets.token_hex(32)
+KEY = secrets.token_hex(64)
+
+
+def _docker(*argv: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([docker_cli(), *argv], capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+class UserHost:
+    """A container of the image, with two people's homes, and no cluster behind it."""
+
+    def __init__(self, container: str, homes: Path) -> None:
+        self.container = container
+        self.homes = homes
+
+    def root(self, command: str) -> subprocess.CompletedProcess[str]:
+        return _docker("exec", self.container, "sh", "-c", command)
+
+    def user(self, command: str, name: str = "ada") -> subprocess.CompletedProcess[str]:
+        return _docker("exec", self.container, "as-user", name, "bash", "--login", "-c", command)
+
+    @property
+    def log(self) -> str:
+        done = _docker("logs", self.container)
+        return done.stdout + done.stderr
+
+    def get(self, path: str, **headers: str) -> tuple[int, str]:
+        address = _docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", self.container).stdout.strip()
+        connection = http.client.HTTPConnection(address, 8888, timeout=10)
+        try:
+            connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(errors="replace")
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    return images.build(config.load(ROOT), names=["user"])["user"]
+
+
+@pytest.fixture(scope="module")
+def host(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserHost]:
+    base = tmp_path_factory.mktemp("userhost")
+    for name in ("secrets", "accounts", "homes"):
+        (base / name).mkdir(mode=0o755)
+    for name, text, uid in (("munge-key", KEY, 801), ("jupyter-token", TOKEN, 0)):
+        path = base / "secrets" / name
+        path.write_text(text)
+        path.chmod(0o400)
+        subprocess.run(["chown", f"{uid}:{uid}", path], check=True)
+    (base / "accounts" / "passwd").write_text(passwd([*USERS, PROBE]))
+    (base / "accounts" / "group").write_text(group([*USERS, PROBE]))
+    for user in USERS:
+        home = base / "homes" / user.name
+        home.mkdir(mode=0o700)
+        # A file of one's own stays; a link to where root alone may write leads nowhere.
+        if user.name == "eve":
+            (home / ".bashrc").write_text("# mine\n")
+            (home / "work").symlink_to("/etc")
+        subprocess.run(["chown", "-hR", f"{user.uid}:{user.gid}", home], check=True)
+    mounts = [
+        "-v",
+        f"{base}/secrets:/run/secrets:ro",
+        "-v",
+        f"{base}/accounts:/var/lib/extrausers:ro",
+        "-v",
+        f"{base}/homes:/home",
+    ]
+    started = _docker("run", "-d", "--hostname", "userhost", "--label", LABEL, *mounts, image)
+    assert started.returncode == 0, started.stderr
+    found = UserHost(started.stdout.strip(), base / "homes")
+    try:
+        wait_until(lambda: _answers(found), timeout_s=60, what="JupyterLab answers")
+        wait_until(lambda: (base / "homes" / "eve" / "notebooks").exists(), timeout_s=20, what="the homes are filled")
+        yield found
+    finally:
+        _docker("rm", "-f", found.container)
+
+
+def _answers(host: UserHost) -> bool:
+    try:
+        return host.get("/api")[0] == 200
+    except OSError:
+        return False
+
+
+def test_jupyterlab_is_jovyan_s_with_nothing_of_root(host: UserHost) -> None:
+    pid = host.root("pgrep -f 'jupyter-lab' | head -1").stdout.strip()
+    status = dict(
+        line.split(":\t", 1) for line in host.root(f"cat /proc/{pid}/status").stdout.splitlines() if ":\t" in line
+    )
+    assert status["Uid"].split() == ["1000"] * 4
+    assert status["Gid"].split() == ["100"] * 4
+    assert status["Groups"].split() == ["100"] or not status["Groups"].split()
+    assert all(int(status[name], 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"))
+    assert status["NoNewPrivs"] == "1"
+    assert status["Umask"] == "0077"
+
+
+def test_only_init_and_what_waits_is_root(host: UserHost) -> None:
+    processes = [line.split(None, 1) for line in host.root("ps -eo user=,args=").stdout.splitlines()]
+    roots = {arguments for user, arguments in processes if user == "root"}
+    assert all(
+        re.match(r"tini|bash /usr/local/sbin/userhost|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|getent", process)
+        for process in roots
+    ), roots
+    assert ["munge", "munged"] in [[user, arguments.split()[0]] for user, arguments in processes]
+
+
+def test_token_opens_and_nothing_else_does(host: UserHost) -> None:
+    assert host.get(f"/api/contents?token={TOKEN}")[0] == 200
+    assert host.get("/api/contents", Authorization=f"token {TOKEN}")[0] == 200
+    assert host.get("/api/contents")[0] == 403
+    assert host.get("/api/contents?token=" + "0" * 64)[0] == 403
+    assert host.get("/api/contents?token=")[0] == 403
+    assert host.get("/lab")[0] == 302, "to the login page"
+    assert "access-control-allow-origin" not in host.get(f"/api?token={TOKEN}", Origin="http://evil.example")[1].lower()
+
+
+def test_secrets_are_in_no_process_environment_argument_or_log(host: UserHost) -> None:
+    for name, value in (("token", TOKEN), ("key", KEY)):
+        assert value not in host.log, name
+        # The pattern comes on standard input, so that the search does not find itself.
+        search = [
+            "exec",
+            "-i",
+            host.container,
+            "sh",
+            "-c",
+            "cat >/dev/shm/p; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c -F -f /dev/shm/p; rm /dev/shm/p",
+        ]
+        done = subprocess.run(
+            [docker_cli(), *search], input=value + "\n", capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.stdout.strip() == "0", name
+        history = _docker("history", "--no-trunc", host.root("cat /etc/hostname").stdout.strip() or "x").stdout
+        assert value not in history
+
+
+def test_other_users_read_neither_secret_nor_token_nor_another_s_home(host: UserHost) -> None:
+    for path in (
+        "/run/secrets/munge-key",
+        "/run/secrets/jupyter-token",
+        "/run/jupyter/token",
+        "/home/jovyan/.bashrc",
+        "/home/eve/.bashrc",
+    ):
+        done = host.user(f"cat {path}")
+        assert done.returncode != 0, path
+        assert "Permission denied" in done.stderr, path
+    assert host.user("ls /home/eve").returncode != 0
+    assert host.user("cat /run/secrets/munge-key", "jovyan").returncode != 0
+
+
+def test_home_is_filled_by_its_owner_who_keeps_what_is_there(host: UserHost) -> None:
+    for user in USERS:
+        home = host.homes / user.name
+        for name in ("test_slurm.sh", "test_cfiddle.py", "notebooks"):
+            found = (home / name).stat()
+            assert (found.st_uid, found.st_gid, found.st_mode & 0o077) == (user.uid, user.gid, 0), (home, name)
+    assert (host.homes / "ada" / "work").is_dir()
+    assert (host.homes / "eve" / ".bashrc").read_text() == "# mine\n"
+    assert (host.homes / "eve" / "work").is_symlink()
+
+
+def test_munge_signs_for_users_in_their_own_name(host: UserHost) -> None:
+    done = host.user("munge -n | unmunge")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^UID:\s+ada \(2003\)$", done.stdout, re.MULTILINE)
+
+
+def test_session_has_a_clean_environment_and_private_files(host: UserHost) -> None:
+    environment = dict(line.split("=", 1) for line in host.user("env").stdout.splitlines())
+    assert set(environment) <= {
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "TERM",
+        "PATH",
+        "PWD",
+        "OLDPWD",
+        "SHLVL",
+        "_",
+    }
+    assert environment["HOME"] == "/home/ada"
+    assert host.user("pwd; umask; id -un; id -G").stdout.split() == ["/home/ada", "0077", "ada", "2003"]
+    assert host.user("exit 23").returncode == 23
+    assert host.user("true", "nobody-has-this-name").returncode == 1
+    assert host.user("true", "munge").returncode == 1, "no daemon's account"
+    assert host.user("true", "--help").returncode == 1
+
+
+def test_nothing_makes_anyone_more_than_they_are(host: UserHost) -> None:
+    assert host.root("find / -xdev -type f -perm /6000").stdout == ""
+    assert host.root("getent shadow | cut -d: -f2 | grep -v '^[*!]'").stdout == ""
+    assert host.user("grep NoNewPrivs /proc/self/status").stdout.split()[1] == "1"
+    assert host.root("ls /var/run/docker.sock").returncode != 0
+    writable = host.user(
+        "find / -xdev -type d -perm -0002 ! -perm -1000 2>/dev/null; find /usr /opt /etc /usr/local -writable ! -type l 2>/dev/null"
+    )
+    assert writable.stdout == ""
+
+
+def test_cfiddle_measures_a_function(host: UserHost) -> None:
+    program = """
+from cfiddle import *
+open("sum.cpp", "w").write('#include "cfiddle.hpp"\\nextern "C" long sum(long n) { long s = 0; start_measurement(); for (long i = 0; i < n; i++) s += i * i; end_measurement(); return s; }')
+built = build("sum.cpp")
+results = run(built, function="sum", arguments=arg_map(n=[1000, 100000]))
+print("ET", [row["ET"] > 0 for row in results.as_df().to_dict("records")])
+"""
+    done = host.user(f"cd $(mktemp -d) && python3 -W ignore - <<'EOF'\n{program}\nEOF")
+    assert "ET [True, True]" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_kernel_computes(host: UserHost) -> None:
+    program = """
+import nbformat, nbclient
+notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import delegate_function, os; print(5 * 4, os.getuid())")])
+nbclient.NotebookClient(notebook, timeout=60).execute()
+print(notebook.cells[0].outputs[0].text)
+"""
+    done = host.user(f"cd $(mktemp -d) && python3 -W ignore - <<'EOF'\n{program}\nEOF", "jovyan")
+    assert done.stdout.strip() == "20 1000", done.stderr
+
+
+def test_log_has_no_warning_and_no_error(host: UserHost) -> None:
+    wrong = [
+        line for line in host.log.splitlines() if re.search(r"\b(WARN|ERROR|CRITICAL|Traceback)|^\[[WEC] |error:", line)
+    ]
+    # No slurmctld is here, and requests were refused above.
+    assert [line for line in wrong if not re.search(r"sackd|403 GET|4\d\d GET|Couldn't authenticate", line)] == []
+
+
+def test_container_stops_at_once(image: str) -> None:
+    # Without a token it ends by itself and says why.
+    done = _docker("run", "--rm", "--label", LABEL, image)
+    assert done.returncode == 1
+    assert "the secret munge-key is missing" in done.stderr
+
+
+def test_it_ends_quickly_when_told_to(host: UserHost) -> None:
+    began = time.monotonic()
+    assert _docker("stop", "-t", "10", host.container).returncode == 0
+    assert time.monotonic() - began < 8
+    state = json.loads(_docker("inspect", "-f", "{{json .State}}", host.container).stdout)
+    assert state["ExitCode"] != 137, "it was not killed"
