@@ -9,7 +9,7 @@ from typing import Any
 
 from invoke import Context, task
 
-from cfiddle_cluster import checks, doctor, logs, status, userhost
+from cfiddle_cluster import checks, logs, status, userhost
 from cfiddle_cluster.cluster import Cluster
 from cfiddle_cluster.errors import ClusterError
 
@@ -44,6 +44,8 @@ def up(cluster):
 @cluster_task(name="doctor", help={"json": "print the findings as JSON"})
 def doctor_(cluster, json=False):
     """Check this machine and the cluster's; say how to mend what is wrong. Exit status 1 if something must be."""
+    from cfiddle_cluster import doctor
+
     return doctor.main(cluster.config, cluster.state, as_json=json)
 
 

@@ -11,6 +11,9 @@ from cfiddle_cluster.errors import ClusterError
 
 LAST_LINES = 20
 
+# Nothing that a killed `up` started may go on while the next one runs.
+_DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
+
 
 class CommandError(ClusterError):
     """A command failed or did not end in time.
@@ -36,7 +39,7 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> str:
-    """Run a command and return what it wrote to its standard output.
+    """Run a command and return what it wrote to its standard output. It is killed should this process die.
 
     Args:
         argv: the command; never a shell string, and never with a secret in it: those go through `input`.
@@ -51,7 +54,7 @@ def run(
     data = input.encode() if isinstance(input, str) else input
     source = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
     try:
-        done = subprocess.run(argv, timeout=timeout_s, env=env, cwd=cwd, capture_output=True, check=False, **source)
+        done = subprocess.run([*_DIE_WITH_US, *argv], timeout=timeout_s, env=env, cwd=cwd, capture_output=True, check=False, **source)
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"") + (error.stderr or b"")
         raise CommandError(argv, None, output.decode(errors="replace"), f"did not end in {timeout_s:.0f} s") from error

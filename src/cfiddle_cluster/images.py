@@ -17,8 +17,18 @@ from cfiddle_cluster import package_access
 from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import LABEL, Config
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine
 
 BUILD_TIMEOUT_S = 1800
+
+_REMOVE = """
+    set -eu
+    {
+        docker image ls --quiet --no-trunc --filter "label=$1"
+        docker image ls --quiet --no-trunc cfiddle-debian
+    } | sort --unique | xargs --no-run-if-empty docker image rm --force >/dev/null
+    docker builder prune --all --force --filter "label=$1" >/dev/null
+"""
 
 
 @dataclass(frozen=True)
@@ -157,14 +167,9 @@ def releases(references: dict[str, str]) -> dict[str, str]:
         return dict(zip(references, pool.map(release, references.values()), strict=True))
 
 
-def remove_images() -> None:
-    """Remove every image of the cluster from this machine's engine."""
-    ids = run(
-        [docker_cli(), "image", "ls", "--quiet", "--no-trunc", "--filter", f"label={LABEL}"], timeout_s=60
-    ).split()
-    ids += run([docker_cli(), "image", "ls", "--quiet", "--no-trunc", "cfiddle-debian"], timeout_s=60).split()
-    if ids:
-        run([docker_cli(), "image", "rm", "--force", *sorted(set(ids))], timeout_s=300)
+def remove_images(machine: Machine) -> None:
+    """Remove every image of the cluster from a machine's engine, and what building them left in its cache."""
+    machine.script(_REMOVE, [LABEL], timeout_s=600)
 
 
 def _with_parents(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,26 +181,41 @@ def simulated_worker(state: State, name: str, addr: str) -> Machine:
 
 
 def real_worker(config: Config, state: State, addr: str) -> Machine:
-    """Return a machine by its address; it is asked for its name.
+    """Return a machine by its address, not yet asked for its name.
 
     A host key that is not known yet is shown and asked for once when there is a terminal, and refused otherwise.
-
-    Raises:
-        ClusterError: it cannot be reached, or its user has no right to become root.
     """
     options = {"StrictHostKeyChecking": "ask" if _has_terminal() else "yes"}
     if config.ssh_key:
         options["IdentityFile"] = config.ssh_key
-    sudo = config.ssh_user != "root"
-    unnamed = Machine(
-        name=addr,
-        addr=addr,
-        roles=frozenset({"worker"}),
-        ssh=_ssh(state, config.ssh_user, addr, options),
-        sudo=sudo,
-    )
-    name = unnamed.run(["hostname", "-s"], timeout_s=CONNECT_TIMEOUT_S + 20).strip()
-    return Machine(name=name, addr=addr, roles=unnamed.roles, ssh=unnamed.ssh, sudo=sudo)
+    ssh = _ssh(state, config.ssh_user, addr, options)
+    return Machine(name=addr, addr=addr, roles=frozenset({"worker"}), ssh=ssh, sudo=config.ssh_user != "root")
+
+
+def named(machines: Iterable[Machine]) -> list[Machine]:
+    """Return the machines with their own short hostnames; each is asked, all at once.
+
+    Raises:
+        ClusterError: one or more cannot be reached, or let us be root only with a password.
+    """
+    return on_each(machines, _named)
+
+
+def answering(machines: Iterable[Machine]) -> list[Machine]:
+    """Return those machines that answer, with their own short hostnames."""
+
+    def ask(machine: Machine) -> Machine | None:
+        try:
+            return _named(machine)
+        except ClusterError:
+            return None
+
+    return [machine for machine in on_each(machines, ask) if machine]
+
+
+def _named(machine: Machine) -> Machine:
+    name = machine.run(["hostname", "-s"], timeout_s=CONNECT_TIMEOUT_S + 20).strip()
+    return replace(machine, name=name)
 
 
 def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list[T]:

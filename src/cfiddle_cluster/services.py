@@ -65,6 +65,15 @@ def running_tasks(service: str) -> list[dict[str, Any]]:
     return [task for task in tasks if task["Status"]["State"] == "running"]
 
 
+def machines_of(service: str) -> set[str]:
+    """Return the names of the machines that answer and on which a container of the service may still run."""
+    api = engine.client().api
+    names = {node["ID"]: str(node["Description"]["Hostname"]) for node in api.nodes() if node["Status"]["State"] == "ready"}
+    tasks = api.tasks(filters={"service": f"{STACK}_{service}"})
+    alive = ("starting", "running")
+    return {names[task["NodeID"]] for task in tasks if task["Status"]["State"] in alive and task.get("NodeID") in names}
+
+
 def live_tasks() -> list[dict[str, Any]]:
     """Return the tasks that may still have a container, on machines that answer."""
     api = engine.client().api

@@ -6,6 +6,7 @@ with the outer engine, and are the same members of the swarm when they do.
 
 import os
 import re
+from collections.abc import Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ _LABELS = {"cfiddle.cluster": CLUSTER}
 
 def existing() -> list[str]:
     """Return the names of the simulated machines, c1 first; also of those that do not run."""
-    return sorted((str(found.labels["cfiddle.machine"]) for found in _containers()), key=_number)
+    return sorted((str(found.labels["cfiddle.machine"]) for found in _containers()), key=number)
 
 
 def workers(state: State) -> list[Machine]:
@@ -48,19 +49,19 @@ def workers(state: State) -> list[Machine]:
     return [_machine(state, name) for name in existing()]
 
 
-def ensure_machines(config: Config, state: State, image: str) -> list[Machine]:
-    """Have at least the configured number of machines c1, c2, …, running and reachable; return all that there are.
+def ensure_machines(config: Config, state: State, names: Sequence[str], image: str) -> list[Machine]:
+    """Have machines of these names, running and reachable.
 
     Args:
         config: the administrator's settings.
         state: where the SSH key is.
+        names: c1, c2, …
         image: the reference of the image cfiddle-machine.
 
     Raises:
         ClusterError: the network's addresses are taken, or a machine does not come up.
     """
     _ensure_network()
-    names = sorted({*existing(), *(f"c{n}" for n in range(1, config.local_workers + 1))}, key=_number)
     containers = {str(found.labels["cfiddle.machine"]): found for found in _containers()}
     cpus = cpu_sets(len(names), sorted(os.sched_getaffinity(0)))
     for name, cpu_set in zip(names, cpus, strict=True):
@@ -90,28 +91,21 @@ def remove_machine(name: str) -> None:
     """Take one machine away with all that it holds; nothing happens if there is none."""
     for container in _containers():
         if container.labels["cfiddle.machine"] == name:
-            container.remove(force=True, v=True)
-    try:
-        engine.client().volumes.get(_container_name(name)).remove()
-    except NotFound:
-        pass
-
-
-def remove_all() -> None:
-    """Take all machines and their network away."""
-    for name in existing():
-        remove_machine(name)
-    for volume in engine.client().volumes.list(filters={"label": "cfiddle.machine"}):
+            container.remove(force=True)
+    for volume in engine.client().volumes.list(filters={"label": f"cfiddle.machine={name}"}):
         volume.remove()
-    for network in engine.client().networks.list(names=[f"^{NETWORK}$"]):
-        network.remove()
 
 
-def stop_all() -> None:
-    """Stop all machines, as `down` does; they keep what they hold."""
+def remove_all(*, purge: bool) -> None:
+    """Take all machines and their network away; what their engines hold, images above all, stays unless purged."""
+    client = engine.client()
     for container in _containers():
-        if container.status == "running":
-            container.stop(timeout=STOP_TIMEOUT_S)
+        container.remove(force=True)
+    for network in client.networks.list(names=[f"^{NETWORK}$"]):
+        network.remove()
+    if purge:
+        for volume in client.volumes.list(filters={"label": "cfiddle.machine"}):
+            volume.remove()
 
 
 def cpu_sets(machines: int, cpus: list[int]) -> list[str]:
@@ -142,7 +136,8 @@ def capabilities(status: str) -> list[str]:
     return [name for number, name in enumerate(_CAPABILITIES) if bounding >> number & 1]
 
 
-def _number(name: str) -> int:
+def number(name: str) -> int:
+    """Return the number in a machine's name: 3 for c3."""
     return int(name[1:])
 
 
@@ -151,7 +146,7 @@ def _container_name(name: str) -> str:
 
 
 def _address(name: str) -> str:
-    return str(IPv4Address(int(SIMULATED_NETWORK.network_address) + 10 + _number(name)))
+    return str(IPv4Address(int(SIMULATED_NETWORK.network_address) + 10 + number(name)))
 
 
 def _machine(state: State, name: str) -> Machine:

@@ -114,6 +114,12 @@ def drain(names: Iterable[str], reason: str) -> None:
         slurm(["scontrol", "update", f"nodename={','.join(names)}", "state=drain", f"reason={reason}"])
 
 
+def set_down(names: Iterable[str], reason: str) -> None:
+    """Give the nodes up; the jobs that ran on them end."""
+    if names := list(names):
+        slurm(["scontrol", "update", f"nodename={','.join(names)}", "state=down", f"reason={reason}"])
+
+
 def resume(names: Iterable[str]) -> None:
     """Let the nodes that are drained take jobs again."""
     drained = [node.name for node in nodes().values() if node.name in set(names) and node.is_drained]

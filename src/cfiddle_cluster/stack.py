@@ -16,8 +16,9 @@ from docker.errors import APIError
 
 from cfiddle_cluster import engine, homes, slurm
 from cfiddle_cluster.commands import docker_cli, run
-from cfiddle_cluster.config import CLUSTER, STACK, Config
+from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.services import (
     NAMESPACE,
     container,
@@ -97,6 +98,12 @@ def remove(*, timeout_s: float = 120) -> None:
     )
     if is_manager():
         _remove_unused(set())
+
+
+def remove_volumes(machine: Machine) -> None:
+    """Remove the cluster's volumes from a machine, with all that they hold."""
+    script = 'docker volume ls --quiet --filter "label=$1" | xargs --no-run-if-empty docker volume rm --force >/dev/null'
+    machine.script(script, [LABEL], timeout_s=120)
 
 
 def _ensure_secrets(state: State) -> dict[str, str]:

@@ -111,8 +111,8 @@ class State:
         Raises:
             ClusterError: another command holds it.
         """
-        path = self.directory.with_name(f"{self.directory.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # In a directory that `purge` does not remove, so that nobody can hold a lock that is no more.
+        path = Path("/run") / f"{self.directory.name}.lock"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with open(descriptor, "r+") as file:
             try:

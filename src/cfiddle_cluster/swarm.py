@@ -62,7 +62,13 @@ def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> 
     for machine, swarm in zip(machines, states, strict=True):
         if swarm["LocalNodeState"] == "inactive":
             missing.append(machine)
-        elif swarm["NodeID"] not in ids:
+        elif swarm["NodeID"] in ids:
+            continue
+        elif machine.simulated:
+            # A swarm of ours that is no more: a `down` was interrupted between the head and its machines.
+            machine.engine_post("/swarm/leave?force=true")
+            missing.append(machine)
+        else:
             raise ClusterError(
                 f"{machine.name} ({machine.addr}) belongs to another swarm",
                 "if that swarm can do without it, run there: docker swarm leave --force; then ./invoke up",
@@ -117,6 +123,11 @@ def worker_names() -> list[str]:
         for node in nodes().values()
         if (node["Spec"].get("Labels") or {}).get("slurm_worker") == "true"
     )
+
+
+def address_of(name: str) -> str:
+    """Return the address at which the swarm saw a member last; empty if there is none of that name."""
+    return next((str(node["Status"].get("Addr", "")) for node in _named(name)), "")
 
 
 def unlabel_worker(name: str) -> None:

@@ -1,0 +1,400 @@
+"""The whole cluster: what `up`, `down`, `scale` and their like do, as lists of steps.
+
+Every step promises a state and can be run again at any time. What a step needs to know of the earlier ones stands in
+the machines themselves, so nothing here has to be carried from one run to the next but the list of workers.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cfiddle_cluster import (
+    backup,
+    config,
+    distribution,
+    engine,
+    homes,
+    images,
+    machines,
+    packages,
+    readiness,
+    registry,
+    services,
+    simulated,
+    slurm,
+    stack,
+    swarm,
+    userhost,
+    users,
+)
+from cfiddle_cluster.config import Config
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.report import Report
+from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import wait_until
+
+DRAIN_TIMEOUT_S = 24 * 3600.0
+"""How long a removal waits for the jobs of a worker: the longest time limit that conf/slurm.conf allows."""
+STOP_TIMEOUT_S = 60.0
+WORKERS = "workers.json"
+"""The file of the state that says what `scale`, `add-worker` and `remove-worker` made of the workers in config.sh."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster as its administrator drives it.
+
+    Attributes:
+        config: config.sh, with the workers that it has by now.
+        configured: config.sh as it is.
+        state: what is kept of the cluster on this machine.
+    """
+
+    config: Config
+    configured: Config
+    state: State
+
+    @classmethod
+    def of(cls, root: Path) -> "Cluster":
+        """Return the cluster that a checkout's config.sh describes, on this machine's engine.
+
+        Raises:
+            ClusterError: config.sh is wrong.
+        """
+        # Every docker command means the head's engine, whatever context the administrator's own client has.
+        os.environ.pop("DOCKER_CONTEXT", None)
+        os.environ["DOCKER_HOST"] = f"unix://{engine.SOCKET}"
+        configured = config.load(root)
+        state = State(configured.state_dir)
+        return cls(_with_workers(configured, state), configured, state)
+
+    # --- up ----------------------------------------------------------------------------------------------------------
+
+    def up(self, until: str = "ready") -> None:
+        """Do every step, in order, up to a named one; each does only what is missing.
+
+        Raises:
+            ClusterError: a step fails, or another command is at work.
+        """
+        packages.ensure_root()
+        with self.state.lock("up"):
+            self._up(Report(again="./invoke up"), until)
+        if until == "ready":
+            print(self._greeting())
+
+    def _up(self, report: Report, until: str = "ready") -> None:
+        def engine_() -> None:
+            packages.ensure_commands()
+            self.state.ensure(self.config.head_addr)
+            packages.ensure_engine(self.config, self.state)
+
+        def images_() -> None:
+            images.build(self.config, report.note)
+
+        def registry_() -> None:
+            registry.ensure_registry(self.config, self.state, self._machines(), self._built("registry"))
+
+        references: dict[str, str] = {}
+
+        def distribution_() -> None:
+            built = images.built(self.config)
+            references.update(distribution.distribute(self.config, self.state, self._machines(), built, report.note))
+
+        steps: dict[str, tuple[str, Callable[[], object]]] = {
+            "engine": ("packages, Docker Engine, secrets", engine_),
+            "images": ("images", images_),
+            "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
+            "machines": ("machines", self._ensure_machines),
+            "swarm": ("swarm", self._ensure_swarm),
+            "labels": ("labels", lambda: swarm.ensure_labels(self._head, self._machines())),
+            "registry": ("registry", registry_),
+            "distribution": ("images to all machines", distribution_),
+            "accounts": ("users: homes and accounts", lambda: users.ensure_accounts(self.config, self.state)),
+            "stack": ("services", lambda: stack.deploy(self.config, self.state, references)),
+            "users": ("users: associations in Slurm", lambda: users.ensure_associations(self.state)),
+            "ready": ("a job on each worker", lambda: readiness.wait_until_ready(self._machines())),
+        }
+        for name, (title, step) in steps.items():
+            with report.step(title):
+                step()
+            if name == until:
+                return
+
+    def _greeting(self) -> str:
+        lines = [
+            "",
+            f"JupyterLab: {userhost.url(self.config, self.state)}",
+            "",
+            "Try next:",
+            "  ./invoke shell --command sinfo             the nodes",
+            "  ./invoke shell --command ./test_slurm.sh   jobs of all kinds, as a user",
+            "  ./invoke shell --command ./test_cfiddle.py a measurement in a sandbox",
+        ]
+        return "\n".join(lines)
+
+    # --- the machines ------------------------------------------------------------------------------------------------
+
+    @property
+    def _head(self) -> Machine:
+        return machines.head(self.config)
+
+    def _machines(self) -> list[Machine]:
+        """Return the head and all workers; real ones are asked for their names."""
+        return [self._head, *self._workers()]
+
+    def _workers(self) -> list[Machine]:
+        return machines.named(self._worker_list())
+
+    def _worker_list(self) -> list[Machine]:
+        if self.config.simulated:
+            return simulated.workers(self.state)
+        remote = [addr for addr in self.config.worker_addrs if addr != self.config.head_addr]
+        return [machines.real_worker(self.config, self.state, addr) for addr in remote]
+
+    def _ensure_machines(self) -> None:
+        if self.config.simulated:
+            names = _simulated_names(self.configured, self.state)
+            simulated.ensure_machines(self.config, self.state, names, self._built("machine"))
+        else:
+            script = (self.config.root / "install_docker.sh").read_text()
+            timeout_s = packages.INSTALL_TIMEOUT_S
+            machines.on_each(self._workers(), lambda machine: machine.script(script, timeout_s=timeout_s))
+
+    def _ensure_swarm(self) -> None:
+        swarm.ensure_swarm(self.config, self.state)
+        swarm.ensure_joined(self.config, self.state, self._machines())
+
+    def _built(self, name: str) -> str:
+        return images.reference(self.config, name)
+
+    # --- more or fewer workers ---------------------------------------------------------------------------------------
+
+    def scale(self, workers: int) -> None:
+        """Have so many simulated workers; those with the highest numbers go first, drained.
+
+        Raises:
+            ClusterError: the number is none that can be, or the workers are real machines.
+        """
+        packages.ensure_root()
+        if not self.config.simulated:
+            raise ClusterError(
+                "the workers are real machines, which cannot be made", "./invoke add-worker ADDRESS, ./invoke remove-worker NAME"
+            )
+        if not 1 <= workers <= config.MAX_LOCAL_WORKERS:
+            raise ClusterError(
+                f"there cannot be {workers} workers", f"name a number from 1 to {config.MAX_LOCAL_WORKERS}"
+            )
+        with self.state.lock("scale"):
+            self._must_run()
+            names = _simulated_names(self.configured, self.state)
+            spare = (name for name in map("c{}".format, range(1, config.MAX_LOCAL_WORKERS + 1)) if name not in names)
+            added = [next(spare) for _ in range(workers - len(names))]
+            wanted = sorted([*names[:workers], *added], key=simulated.number)
+            report = Report(again=f"./invoke scale {workers}")
+            for name in names[workers:]:
+                self._remove_worker(report, name)
+            _record(self.configured, self.state, wanted)
+            self._up(report)
+
+    def add_worker(self, addr: str) -> None:
+        """Add a real machine by its address.
+
+        Raises:
+            ClusterError: it is one already, cannot be reached or has a name that another has.
+        """
+        packages.ensure_root()
+        if self.config.simulated:
+            raise ClusterError(
+                "this cluster's workers are simulated", "./invoke scale N for more of them, or set WORKER_ADDRS in config.sh"
+            )
+        if addr in self.config.worker_addrs:
+            raise ClusterError(f"{addr} is a worker already", "./invoke status shows it")
+        with self.state.lock("add-worker"):
+            self._must_run()
+            machines.named([machines.real_worker(self.config, self.state, addr)])
+            _record(self.configured, self.state, [*self.config.worker_addrs, addr])
+            Cluster.of(self.config.root)._up(Report(again="./invoke up"))
+
+    def remove_worker(self, name: str) -> None:
+        """Drain a worker, wait until its jobs have ended, and take it out of the cluster.
+
+        Raises:
+            ClusterError: there is none of that name, or it is the last one.
+        """
+        packages.ensure_root()
+        with self.state.lock("remove-worker"):
+            self._must_run()
+            known = swarm.worker_names()
+            if name not in known:
+                raise ClusterError(f"there is no worker {name!r}; there are {', '.join(known)}", "./invoke status shows them")
+            if len(known) == 1:
+                raise ClusterError(f"{name} is the last worker", "add another one first, or: ./invoke down")
+            self._remove_worker(Report(again=f"./invoke remove-worker {name}"), name)
+
+    def _remove_worker(self, report: Report, name: str) -> None:
+        machine = self._reachable(name)
+        addr = machine.addr if machine else swarm.address_of(name)
+        with report.step(f"drain {name}"):
+            if machine is None:
+                slurm.set_down([name], "cfiddle: its machine is gone")
+            else:
+                slurm.drain([name], "cfiddle: the worker is being removed")
+                slurm.wait_until_empty([name], timeout_s=DRAIN_TIMEOUT_S)
+        with report.step(f"take {name} out of the cluster"):
+            swarm.unlabel_worker(name)
+            wait_until(
+                lambda: name not in services.machines_of("slurmd"),
+                timeout_s=STOP_TIMEOUT_S,
+                what=f"slurmd to end on {name}",
+                remedy="./invoke logs slurmd shows why it does not",
+            )
+            slurm.delete_node(name)
+            if machine is None or "head" not in machine.roles:
+                swarm.remove_node(name, machine)
+            if self.config.simulated:
+                simulated.remove_machine(name)
+                left = [other for other in _simulated_names(self.configured, self.state) if other != name]
+            else:
+                left = [other for other in self.config.worker_addrs if other != addr]
+            _record(self.configured, self.state, left)
+
+    def _reachable(self, name: str) -> Machine | None:
+        """Return the worker of that name, or None if it does not answer."""
+        for machine in [self._head, *machines.answering(self._worker_list())]:
+            if machine.name == name:
+                return machine
+        return None
+
+    def _must_run(self) -> None:
+        if not engine.is_running() or not services.container("slurmctld"):
+            raise ClusterError("the cluster does not run", "./invoke up")
+
+    # --- users -------------------------------------------------------------------------------------------------------
+
+    def add_user(self, name: str) -> None:
+        """Add a user, known everywhere at once."""
+        packages.ensure_root()
+        with self.state.lock("add-user"):
+            self._must_run()
+            user = users.add(self.config, self.state, name)
+        print(f"{user.name} (uid {user.uid}) can log in: ./invoke shell --user {user.name}")
+
+    def remove_user(self, name: str, *, delete_home: bool) -> None:
+        """Remove a user and end what they run."""
+        packages.ensure_root()
+        with self.state.lock("remove-user"):
+            self._must_run()
+            users.remove(self.config, self.state, name, delete_home=delete_home)
+        print(f"{name} is no user any longer" + ("" if delete_home else "; the home directory is still there"))
+
+    def import_users(self, path: Path) -> None:
+        """Add all users of a CSV file, or none."""
+        packages.ensure_root()
+        with self.state.lock("import-users"):
+            self._must_run()
+            added = users.import_users(self.config, self.state, path)
+        print(f"{len(added)} users added: {', '.join(user.name for user in added)}")
+
+    # --- backup, restore, down ---------------------------------------------------------------------------------------
+
+    def backup(self, path: Path) -> None:
+        """Write a backup."""
+        packages.ensure_root()
+        with self.state.lock("backup"):
+            self._must_run()
+            backup.create(self.config, self.state, path)
+        print(f"{path} holds the cluster's secrets: keep it where only you can read it")
+
+    def restore(self, path: Path) -> None:
+        """Bring up the cluster of a backup on a machine that has none."""
+        packages.ensure_root()
+        archive = backup.examine(self.config, path)
+        with self.state.lock("restore"):
+            backup.refuse_if_state_exists(self.state, archive)
+            report = Report(again=f"./invoke restore {path}")
+            with report.step("secrets and users"):
+                backup.restore_state(self.state, archive)
+            self._up(report, until="stack")
+            with report.step("accounting and Slurm's state"):
+                backup.restore_services(self.state, archive)
+            self._up(report)
+        print(self._greeting())
+
+    def down(self, *, purge: bool) -> None:
+        """Take the cluster away from all machines; with `purge` also what it holds."""
+        packages.ensure_root()
+        with self.state.lock("down"):
+            report = Report(again="./invoke down --purge" if purge else "./invoke down")
+            if engine.is_running():
+                self._take_down(report, purge=purge)
+            elif purge and self.state.exists and Path("/var/lib/docker").exists():
+                with report.step("Docker Engine, to remove what it holds"):
+                    packages.ensure_engine(self.config, self.state)
+                self._take_down(report, purge=True)
+            if purge:
+                with report.step("home directories, state"):
+                    homes.purge(self.config)
+                    self.state.purge()
+
+    def _take_down(self, report: Report, *, purge: bool) -> None:
+        with report.step("services"):
+            stack.remove()
+            registry.remove_registry(purge=purge)
+        if self.config.simulated:
+            with report.step("simulated machines"):
+                simulated.remove_all(purge=purge)
+        elif self.state.exists:
+            with report.step("real machines"):
+                self._release_workers(purge=purge)
+        with report.step("swarm"):
+            swarm.leave(self.state)
+        if purge:
+            with report.step("volumes and images"):
+                registry.remove_trust(self.config, [self._head])
+                stack.remove_volumes(self._head)
+                images.remove_images(self._head)
+
+    def _release_workers(self, *, purge: bool) -> None:
+        def release(machine: Machine) -> None:
+            if machine.engine_get("/info")["Swarm"]["LocalNodeState"] == "active":
+                machine.engine_post("/swarm/leave?force=true")
+            registry.remove_trust(self.config, [machine])
+            if purge:
+                stack.remove_volumes(machine)
+                images.remove_images(machine)
+
+        machines.on_each(self._workers(), release)
+
+
+def _with_workers(configured: Config, state: State) -> Config:
+    """Return the configuration with the workers that `add-worker` and `remove-worker` made of those in config.sh."""
+    recorded = _recorded(configured, state)
+    if configured.simulated or recorded is None:
+        return configured
+    return replace(configured, worker_addrs=tuple(recorded))
+
+
+def _simulated_names(configured: Config, state: State) -> list[str]:
+    """Return the names of the simulated workers that there shall be."""
+    return _recorded(configured, state) or [f"c{number}" for number in range(1, configured.local_workers + 1)]
+
+
+def _recorded(configured: Config, state: State) -> list[str] | None:
+    """Return the recorded workers, unless config.sh has been changed since: then it has the last word."""
+    try:
+        recorded = state.read_json(WORKERS, None)
+    except PermissionError:
+        return None
+    if recorded is None or recorded["configured"] != _configured_workers(configured):
+        return None
+    return list(recorded["workers"])
+
+
+def _record(configured: Config, state: State, workers: Iterable[str]) -> None:
+    state.write_json(WORKERS, {"configured": _configured_workers(configured), "workers": list(workers)})
+
+
+def _configured_workers(configured: Config) -> list[str] | int:
+    return configured.local_workers if configured.simulated else list(configured.worker_addrs)
