@@ -1,0 +1,79 @@
+"""Run the agent on a worker: `python3 -m agent`; `--check` asks whether it answers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from agent import wire
+
+log = logging.getLogger("agent")
+
+
+def main() -> None:
+    """Read the command line and do what it says."""
+    parser = argparse.ArgumentParser(prog="agent", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 0 if the agent answers")
+    parser.add_argument("--socket", type=Path, default=Path(wire.SOCKET), help="the agent's socket")
+    parser.add_argument("--policy", type=Path, default=Path("/etc/cfiddle/policy.yaml"))
+    parser.add_argument("--grants", type=Path, default=Path("/run/cfiddle-grants"))
+    parser.add_argument("--sandboxes", type=Path, default=Path("/run/cfiddle-sandboxes"), help="for their sockets")
+    parser.add_argument("--cgroups", type=Path, default=Path("/run/cgroup"), help="the machine's cgroup tree")
+    parser.add_argument("--engine", default="/var/run/docker.sock")
+    options = parser.parse_args()
+    if options.check:
+        check(options.socket)
+    else:
+        serve(options)
+
+
+def check(path: Path) -> None:
+    """Ask the agent for a sign of life."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(10)
+        connection.connect(os.fspath(path))
+        wire.send(connection, {"v": wire.VERSION, "type": "ping"})
+        message, _ = wire.receive(connection)
+    if message.get("type") != "pong":
+        sys.exit(f"the agent answers {message}")
+
+
+def serve(options: argparse.Namespace) -> NoReturn:
+    """Sweep what an earlier agent left, then serve until a signal; leave no sandbox behind."""
+    from agent.engine import Engine, EngineError
+    from agent.grants import Grants
+    from agent.policy import PolicyError, load
+    from agent.sandboxes import Sandboxes
+    from agent.server import Server
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        policy = load(options.policy, sandbox_image=os.environ.get("SANDBOX_IMAGE", "cfiddle-sandbox"))
+        options.sandboxes.mkdir(mode=0o700, parents=True, exist_ok=True)
+        options.sandboxes.chmod(0o700)
+        sandboxes = Sandboxes(Engine(options.engine), options.sandboxes, cgroups=options.cgroups)
+        swept = sandboxes.sweep()
+        for profile in policy.profiles.values():
+            sandboxes.image_id(profile)
+        server = Server(options.socket, policy=policy, grants=Grants(options.grants), sandboxes=sandboxes)
+    except (PolicyError, EngineError, OSError) as error:
+        sys.exit(f"error: {error}")
+    log.info("serving profiles %s; %d sandboxes of before removed", ", ".join(sorted(policy.profiles)), swept)
+    try:
+        server.run()
+    finally:
+        sandboxes.destroy_all()
+        logging.shutdown()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

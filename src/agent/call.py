@@ -1,0 +1,130 @@
+"""Ask this machine's agent to run one call in a sandbox: what a job step does, as the user who owns the job.
+
+Nothing here has a right that the user lacks. Only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from agent import wire
+from agent.wire import SOCKET, Refused
+
+__all__ = ["SOCKET", "Call", "Ended", "Refused", "call"]
+
+_CONNECT_S = 10.0
+
+
+class Ended(NamedTuple):
+    """How a call ended, in the agent's words.
+
+    Attributes:
+        reason: "exited", "time", "memory", "processes", "output", "cancelled" or "error".
+        exit_status: of the call's process, negative for the signal that killed it; None where the agent destroyed it.
+        detail: more about the reason, or "".
+        usage: wall_s, user_s, system_s, peak_memory_mb; None where it cannot be known.
+        node: the machine's fingerprint.
+    """
+
+    reason: str
+    exit_status: int | None
+    detail: str
+    usage: dict[str, float | None]
+    node: dict[str, Any]
+
+
+class Call:
+    """One call that the agent was asked for; to close it is to cancel it."""
+
+    def __init__(
+        self,
+        *,
+        job: int,
+        profile: str,
+        seconds: float | None,
+        memory_mb: int | None,
+        channel: socket.socket,
+        stdout: int,
+        stderr: int,
+        socket_path: str = SOCKET,
+    ) -> None:
+        """Send the request with its descriptors, which stay the caller's to close.
+
+        Args:
+            job: the number of a job that the user has on this machine.
+            profile: one of the policy's.
+            seconds, memory_mb: limits lower than the profile's; None for the profile's.
+            channel: a connected Unix stream socket, over which the call's process is spoken to.
+            stdout, stderr: pipes or Unix stream sockets for what it writes.
+
+        Raises:
+            OSError: there is no agent to speak to.
+        """
+        self.id = os.urandom(16).hex()
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._connection.settimeout(_CONNECT_S)
+            self._connection.connect(socket_path)
+            request = {"id": self.id, "job": job, "profile": profile, "seconds": seconds, "memory_mb": memory_mb}
+            message = {"v": wire.VERSION, "type": "call", **request}
+            wire.send(self._connection, message, (channel.fileno(), stdout, stderr))
+            self._connection.settimeout(None)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def wait(self, on_started: Callable[[dict[str, Any]], None] | None = None) -> Ended:
+        """Wait for the end; `on_started` is given the agent's message when the call's process has its descriptors.
+
+        Raises:
+            Refused: the agent refuses the call.
+            ConnectionError: the agent is gone, and the sandbox with it.
+        """
+        while True:
+            try:
+                message, _ = wire.receive(self._connection)
+            except EOFError as error:
+                raise ConnectionError("the agent went away during the call") from error
+            kind = message.get("type")
+            if kind == "refused":
+                raise Refused(str(message["code"]), str(message["message"]))
+            if kind == "started" and on_started:
+                on_started(message)
+            if kind == "ended":
+                return Ended(*(message[field] for field in Ended._fields))
+
+    def close(self) -> None:
+        """Give the call up: the agent destroys the sandbox at once."""
+        self._connection.close()
+
+
+def call(
+    *,
+    job: int,
+    profile: str,
+    seconds: float | None,
+    memory_mb: int | None,
+    channel: socket.socket,
+    stdout: int,
+    stderr: int,
+    socket_path: str = SOCKET,
+    on_started: Callable[[dict[str, Any]], None] | None = None,
+) -> Ended:
+    """Run one call in a sandbox and return how it ended; arguments and errors are those of `Call` and `Call.wait`."""
+    asked = Call(
+        job=job,
+        profile=profile,
+        seconds=seconds,
+        memory_mb=memory_mb,
+        channel=channel,
+        stdout=stdout,
+        stderr=stderr,
+        socket_path=socket_path,
+    )
+    try:
+        return asked.wait(on_started)
+    finally:
+        asked.close()

@@ -1,0 +1,66 @@
+"""Who holds which job on this machine: files that Slurm's prolog writes as root and its epilog takes away.
+
+A grant is a file named by the job's number that holds the user's id and, where the job has only some of the machine's
+CPUs, their list. The directory is root's; all the same nothing in it is followed.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_SIZE = 4096
+_CPULIST = frozenset("0123456789,-")
+
+
+class Grant(NamedTuple):
+    """A job of a user on this machine.
+
+    Attributes:
+        cpus: the CPUs of the job, as in "0-3,8"; "" for all.
+        stamp: tells this grant from a later one for the same job.
+    """
+
+    uid: int
+    cpus: str
+    stamp: tuple[int, int, int]
+
+
+class Grants:
+    """The grants in a directory; only files of `owner` count."""
+
+    def __init__(self, directory: Path, *, owner: int = 0) -> None:
+        self._directory = directory
+        self._owner = owner
+
+    def find(self, job: int) -> Grant | None:
+        """Return the grant for a job; None if there is none, or what is there is no grant."""
+        try:
+            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            # O_NONBLOCK: a FIFO must not keep the agent waiting for a writer.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(str(int(job)), flags, dir_fd=directory)
+        except OSError:
+            return None
+        finally:
+            os.close(directory)
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != self._owner or status.st_size > MAX_SIZE:
+                return None
+            return _parse(os.read(file, MAX_SIZE), (status.st_dev, status.st_ino, status.st_mtime_ns))
+        finally:
+            os.close(file)
+
+
+def _parse(content: bytes, stamp: tuple[int, int, int]) -> Grant | None:
+    fields = content.decode("ascii", "replace").split()
+    if len(fields) not in (1, 2) or not (fields[0].isascii() and fields[0].isdigit()):
+        return None
+    cpus = fields[1] if len(fields) == 2 else ""
+    if not set(cpus) <= _CPULIST:
+        return None
+    return Grant(int(fields[0]), cpus, stamp)

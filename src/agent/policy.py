@@ -1,0 +1,183 @@
+"""The administrator's policy: which profiles there are, and what a sandbox of each may have.
+
+All of the file is checked before the first call: what is unknown, missing or out of range is named, and the agent does
+not start.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VERSION = 1
+MAX_SIZE = 64 * 1024
+JOBS_CPUS = "job"
+
+_PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9./:@_-]{0,511}")
+_CPULIST = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
+
+
+class PolicyError(Exception):
+    """The policy is wrong; the message says where."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a sandbox may use."""
+
+    seconds: float
+    memory_mb: int
+    processes: int
+    cpus: str
+    open_files: int
+    file_mb: int
+    tmpfs_mb: int
+    tmpfs_files: int
+    output_mb: int
+
+    def lowered(self, seconds: float | None, memory_mb: int | None) -> Limits:
+        """Return these limits, lower where the request asks for less; never higher."""
+        return replace(
+            self,
+            seconds=self.seconds if seconds is None else min(seconds, self.seconds),
+            memory_mb=self.memory_mb if memory_mb is None else min(memory_mb, self.memory_mb),
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of sandbox."""
+
+    name: str
+    image: str
+    command: tuple[str, ...]
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Policy:
+    """All of the file."""
+
+    calls_at_once: int
+    calls_per_user: int
+    profiles: Mapping[str, Profile]
+
+
+# The least and the most that each limit may be. A sandbox with cfiddle imported has 90 MB and some ten threads.
+_RANGES = {
+    "memory_mb": (64, 2**24),
+    "processes": (16, 2**15),
+    "open_files": (64, 2**20),
+    "file_mb": (1, 2**20),
+    "tmpfs_mb": (1, 2**20),
+    "tmpfs_files": (100, 10**8),
+    "output_mb": (1, 1024),
+}
+MIN_MEMORY_MB = _RANGES["memory_mb"][0]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values only, and each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise PolicyError(f"{key!r} stands twice at line {node.value[number][0].start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path, *, sandbox_image: str) -> Policy:
+    """Read and check the policy.
+
+    Args:
+        sandbox_image: the image of profiles that name none.
+
+    Raises:
+        PolicyError: it cannot be read, or something in it is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SIZE + 1)
+    except OSError as error:
+        raise PolicyError(f"{path}: {error.strerror}") from error
+    try:
+        return parse(content, sandbox_image=sandbox_image)
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
+
+
+def parse(content: bytes, *, sandbox_image: str) -> Policy:
+    """Return the policy that a file's content says; arguments and errors are those of `load`."""
+    if len(content) > MAX_SIZE:
+        raise PolicyError(f"more than {MAX_SIZE} bytes")
+    try:
+        document = yaml.load(content, _Loader)
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise PolicyError(f"not YAML, or not plain values: {error}") from error
+    top = _mapping(document, "the file", required={"version", "calls", "profiles"})
+    if top["version"] is not VERSION:
+        raise PolicyError(f"version is {top['version']!r}; this agent knows version {VERSION}")
+    calls = _mapping(top["calls"], "calls", required={"at_once", "per_user"})
+    profiles = top["profiles"]
+    if not isinstance(profiles, dict) or not profiles:
+        raise PolicyError("profiles must name at least one profile")
+    return Policy(
+        calls_at_once=_whole(calls["at_once"], "calls.at_once", 1, 4096),
+        calls_per_user=_whole(calls["per_user"], "calls.per_user", 1, 4096),
+        profiles={name: _profile(name, value, sandbox_image) for name, value in profiles.items()},
+    )
+
+
+def _profile(name: object, value: object, sandbox_image: str) -> Profile:
+    if not isinstance(name, str) or not _PROFILE_NAME.fullmatch(name):
+        raise PolicyError(f"profile {name!r}: a name has up to 32 of a-z, 0-9, - and _")
+    where = f"profiles.{name}"
+    entry = _mapping(value, where, required={"command", "limits"}, optional={"image"})
+    image = entry.get("image", sandbox_image)
+    if not isinstance(image, str) or not _IMAGE.fullmatch(image):
+        raise PolicyError(f"{where}.image is {image!r}, not an image's reference")
+    command = entry["command"]
+    if not isinstance(command, list) or not command or not all(isinstance(word, str) and word for word in command):
+        raise PolicyError(f"{where}.command must be a list of words")
+    return Profile(name, image, tuple(command), _limits(entry["limits"], f"{where}.limits"))
+
+
+def _limits(value: object, where: str) -> Limits:
+    entry = _mapping(value, where, required={field.name for field in fields(Limits)})
+    seconds = entry.pop("seconds")
+    if type(seconds) not in (int, float) or not 0 < seconds <= 10**7:
+        raise PolicyError(f"{where}.seconds is {seconds!r}, not a number above 0")
+    cpus = entry.pop("cpus")
+    cpus = str(cpus) if type(cpus) is int else cpus
+    if not isinstance(cpus, str) or not (cpus == JOBS_CPUS or _CPULIST.fullmatch(cpus)):
+        raise PolicyError(f"{where}.cpus is {cpus!r}, neither a list as in 0-3,8 nor {JOBS_CPUS}")
+    whole = {name: _whole(entry[name], f"{where}.{name}", *_RANGES[name]) for name in entry}
+    return Limits(seconds=seconds, cpus=cpus, **whole)
+
+
+def _mapping(
+    value: object, where: str, *, required: set[str], optional: frozenset[str] | set[str] = frozenset()
+) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PolicyError(f"{where} must be a mapping")
+    known = required | optional
+    for key in value:
+        if key not in known:
+            raise PolicyError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+    for key in sorted(required):
+        if key not in value:
+            raise PolicyError(f"{where}: {key} is missing")
+    return dict(value)
+
+
+def _whole(value: object, where: str, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise PolicyError(f"{where} is {value!r}, not a whole number from {least} to {most}")
+    return value

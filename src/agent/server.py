@@ -1,0 +1,279 @@
+"""Serve calls: each from a user who holds the job that it names, each in a sandbox of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import stat
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agent import node, wire
+from agent.engine import EngineError
+from agent.grants import Grant, Grants
+from agent.policy import MIN_MEMORY_MB, Policy, Profile
+from agent.sandboxes import Abandoned, Sandbox, SandboxError, Sandboxes
+from agent.usage import Reading
+
+_REQUEST_S = 5.0
+_BOOT_S = 30.0
+_LOOK_S = 0.5
+_CONNECTIONS_PER_USER = 64
+
+log = logging.getLogger("agent")
+
+
+class Ending(NamedTuple):
+    """Why a call is over."""
+
+    reason: str
+    exit_status: int | None
+    detail: str
+    reading: Reading
+
+
+class Server:
+    """The agent's socket and the calls that come over it."""
+
+    def __init__(self, path: Path, *, policy: Policy, grants: Grants, sandboxes: Sandboxes) -> None:
+        self._policy = policy
+        self._grants = grants
+        self._sandboxes = sandboxes
+        self._lock = threading.Lock()
+        self._connections: Counter[int] = Counter()
+        self._calls: Counter[int] = Counter()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path.unlink(missing_ok=True)
+        self._listener.bind(os.fspath(path))
+        path.chmod(0o666)  # who may do what is decided by uid and grant
+        self._listener.listen(256)
+
+    def run(self) -> None:
+        """Accept connections for ever, each in a thread of its own."""
+        while True:
+            connection, _ = self._listener.accept()
+            uid = _peer_uid(connection)
+            with self._lock:
+                if self._connections[uid] >= _CONNECTIONS_PER_USER:
+                    connection.close()
+                    continue
+                self._connections[uid] += 1
+            threading.Thread(target=self._serve, args=(connection, uid), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, uid: int) -> None:
+        connection.settimeout(_REQUEST_S)
+        descriptors: list[int] = []
+        try:
+            message, descriptors = wire.receive(connection, descriptors=len(wire.DESCRIPTORS))
+            self._answer(connection, uid, message, descriptors)
+        except (wire.Refused, EngineError, SandboxError) as error:
+            code = error.code if isinstance(error, wire.Refused) else "sandbox"
+            text = str(error) if isinstance(error, wire.Refused) else f"a sandbox could not be started: {error}"
+            log.info("user %d refused (%s): %s", uid, code, text)
+            _tell(connection, {"type": "refused", "code": code, "message": text})
+        except (EOFError, Abandoned, OSError):
+            pass  # nobody is there any more
+        except Exception:
+            log.exception("a call of user %d failed", uid)
+            _tell(connection, {"type": "refused", "code": "internal", "message": "the agent failed; its log says why"})
+        finally:
+            wire.close(descriptors)
+            connection.close()
+            with self._lock:
+                self._connections[uid] -= 1
+
+    def _answer(self, connection: socket.socket, uid: int, message: dict[str, Any], descriptors: list[int]) -> None:
+        wire.check_version(message)
+        if message.get("type") == "ping":
+            profiles = sorted(self._policy.profiles)
+            wire.send(connection, {"type": "pong", "versions": list(wire.VERSIONS), "profiles": profiles})
+        elif message.get("type") == "call":
+            self._call(connection, uid, wire.call_request(message), descriptors)
+        else:
+            raise wire.Refused("field", "type is neither call nor ping")
+
+    def _call(self, connection: socket.socket, uid: int, request: wire.CallRequest, descriptors: list[int]) -> None:
+        grant = self._grants.find(request.job)
+        if grant is None or grant.uid != uid:
+            raise wire.Refused("job", f"user {uid} has no job {request.job} on {os.uname().nodename}")
+        profile = self._profile(request)
+        check_descriptors(descriptors)
+        with self._slot(uid):
+            cpus = grant.cpus
+            fingerprint = node.fingerprint(cpus=cpus, image=self._sandboxes.image_id(profile))
+            sandbox = self._sandboxes.make(
+                request.id,
+                profile,
+                profile.limits.lowered(request.seconds, request.memory_mb),
+                cpus=cpus,
+                labels={"cfiddle.call": request.id, "cfiddle.job": str(request.job), "cfiddle.uid": str(uid)},
+            )
+            try:
+                sandbox.wait_until_ready(timeout_s=_BOOT_S, waiter=connection)
+                self._run(connection, request, grant, sandbox, fingerprint, descriptors)
+            finally:
+                sandbox.destroy()
+
+    def _profile(self, request: wire.CallRequest) -> Profile:
+        profile = self._policy.profiles.get(request.profile)
+        if profile is None:
+            known = ", ".join(sorted(self._policy.profiles))
+            raise wire.Refused("profile", f"there is no profile {request.profile}; there are: {known}")
+        if request.memory_mb is not None and request.memory_mb < MIN_MEMORY_MB:
+            raise wire.Refused("field", f"memory_mb is {request.memory_mb}; a sandbox needs {MIN_MEMORY_MB}")
+        return profile
+
+    def _run(
+        self,
+        connection: socket.socket,
+        request: wire.CallRequest,
+        grant: Grant,
+        sandbox: Sandbox,
+        fingerprint: dict[str, Any],
+        descriptors: list[int],
+    ) -> None:
+        limits = sandbox.limits
+        before = sandbox.cgroup.read()
+        sandbox.hand_over(descriptors)
+        began = time.monotonic()
+        wire.close(descriptors)
+        descriptors.clear()
+        in_force = {
+            "seconds": limits.seconds,
+            "memory_mb": limits.memory_mb,
+            "processes": limits.processes,
+            "output_mb": limits.output_mb,
+        }
+        started = {"type": "started", "container": sandbox.container, "limits": in_force, "node": fingerprint}
+        _tell(connection, started)
+        ending = self._watch(connection, request, grant, sandbox, began + limits.seconds)
+        wall_s = time.monotonic() - began
+        used = {
+            "wall_s": round(wall_s, 6),
+            "user_s": _difference(before.user_s, ending.reading.user_s),
+            "system_s": _difference(before.system_s, ending.reading.system_s),
+            "peak_memory_mb": ending.reading.peak_memory_mb,
+        }
+        known = {"reason": ending.reason, "exit_status": ending.exit_status, "detail": ending.detail}
+        _tell(connection, {"type": "ended", **known, "usage": used, "node": fingerprint})
+        log.info(
+            "call %s of user %d, job %d: %s %s after %.3f s%s",
+            *(request.id, grant.uid, request.job, ending.reason, ending.exit_status, wall_s),
+            f" ({ending.detail})" if ending.detail else "",
+        )
+
+    def _watch(
+        self, connection: socket.socket, request: wire.CallRequest, grant: Grant, sandbox: Sandbox, deadline: float
+    ) -> Ending:
+        """Wait until the call is over, and end it where nobody may wait any longer; then none of it runs any more."""
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        poller.register(sandbox.connection, select.POLLIN)
+        while True:
+            left = deadline - time.monotonic()
+            ready = [fd for fd, _ in poller.poll(max(0.0, min(left, _LOOK_S)) * 1000)]
+            if sandbox.connection.fileno() in ready:
+                return self._over(sandbox)
+            if connection.fileno() in ready:
+                return self._end(sandbox, "cancelled", "the caller is gone")
+            if self._grants.find(request.job) != grant:
+                return self._end(sandbox, "cancelled", f"job {request.job} ended")
+            if left <= 0:
+                return self._end(sandbox, "time", f"time limit of {sandbox.limits.seconds:g} s")
+
+    def _end(self, sandbox: Sandbox, reason: str, detail: str) -> Ending:
+        reading = sandbox.cgroup.read()
+        self._sandboxes.kill(sandbox)
+        return Ending(reason, None, detail, reading)
+
+    def _over(self, sandbox: Sandbox) -> Ending:
+        """Find out how a call ended whose sandbox has something to say, or has just died."""
+        limits = sandbox.limits
+        try:
+            status = sandbox.is_over()
+        except EOFError:
+            state = self._sandboxes.state(sandbox)
+            if state.get("OOMKilled"):
+                return Ending("memory", None, f"memory limit of {limits.memory_mb} MB", Reading())
+            text = f"the sandbox's first process ended with status {state.get('ExitCode')}"
+            return Ending("error", None, text, Reading())
+        except SandboxError as error:
+            return self._end(sandbox, "error", str(error))
+        reading = sandbox.cgroup.read()
+        if reading.processes != 1:  # its first process waits; what else there is was left running
+            self._sandboxes.kill(sandbox)
+        reason, detail = "exited", ""
+        if reading.oom_kills:
+            reason, detail = "memory", f"memory limit of {limits.memory_mb} MB"
+        elif reading.refused_forks:
+            reason, detail = "processes", f"limit of {limits.processes} processes"
+        if status == 0 and detail:
+            # The call went on without what the limit took from it, and returned.
+            reason, detail = "exited", f"{detail} was reached on the way"
+        return Ending(reason, status, detail, reading)
+
+    @contextlib.contextmanager
+    def _slot(self, uid: int) -> Iterator[None]:
+        """Count a call while it lasts; refuse one too many."""
+        with self._lock:
+            if self._calls[uid] >= self._policy.calls_per_user:
+                raise wire.Refused(
+                    "busy", f"{self._calls[uid]} calls of user {uid} run on this machine, the most there may be"
+                )
+            if self._calls.total() >= self._policy.calls_at_once:
+                raise wire.Refused("busy", f"{self._calls.total()} calls run on this machine, the most there may be")
+            self._calls[uid] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls[uid] -= 1
+
+
+def check_descriptors(descriptors: list[int]) -> None:
+    """Refuse anything but a connected Unix stream socket, and for output such sockets or pipes.
+
+    What else a descriptor may stand for (a directory, a device, a network) would be in the sandbox with it.
+    """
+    if len(descriptors) != len(wire.DESCRIPTORS):
+        raise wire.Refused("descriptors", f"{len(descriptors)} descriptors came, not {len(wire.DESCRIPTORS)}")
+    for name, descriptor in zip(wire.DESCRIPTORS, descriptors, strict=True):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISFIFO(mode) and name != "channel":
+            continue
+        if not stat.S_ISSOCK(mode) or not _is_unix_stream(descriptor):
+            wanted = "a connected Unix stream socket" + ("" if name == "channel" else " or a pipe")
+            raise wire.Refused("descriptors", f"{name} is not {wanted}")
+
+
+def _is_unix_stream(descriptor: int) -> bool:
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as found:
+            found.getpeername()
+            return found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM
+    except OSError:
+        return False
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    # The process id that stands there too reads 0 across containers; it proves nothing and is not used.
+    credentials = struct.Struct("iII")
+    _, uid, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    return int(uid)
+
+
+def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        wire.send(connection, message)
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else round(after - before, 6)
