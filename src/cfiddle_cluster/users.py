@@ -24,13 +24,11 @@ LAST_UID = 60000
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 # Users and groups of the images. An account of such a name would be hidden by the system's, or hide it.
-_SYSTEM_NAMES = frozenset(
-    """
+_SYSTEM_NAMES = """
     root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody nogroup adm tty disk
     kmem dialout fax voice cdrom floppy tape sudo audio dip operator src shadow utmp video sasl plugdev staff users
     input sgx clock kvm render crontab messagebus sshd docker munge slurm mysql registry sandbox
-    """.split()
-)
+"""
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ def _fault(
     """Return why a user cannot be added, or nothing."""
     if not _NAME.fullmatch(name):
         return f"{name!r} is no name for a user: it must be 1 to 32 of a-z, 0-9, _ and -, and begin with a letter or _"
-    if name in _SYSTEM_NAMES or name == PROBE.name or name.startswith("systemd-"):
+    if name in _SYSTEM_NAMES.split() or name == PROBE.name or name.startswith("systemd-"):
         return f"{name!r} is a name of the system"
     if name in users:
         return f"the user {name!r} exists already"
