@@ -6,8 +6,8 @@ between the check and the use.
 
 from __future__ import annotations
 
-# ruff: noqa: PTH (pathlib takes longer to load than all that a hop needs)
-
+# pathlib takes longer to load than all that a hop needs.
+# ruff: noqa: PTH117
 import contextlib
 import os
 import stat

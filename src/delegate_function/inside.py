@@ -7,8 +7,8 @@ process forks and serves the call with `serve`.
 
 from __future__ import annotations
 
-# ruff: noqa: PTH (pathlib takes longer to load than all that a hop needs)
-
+# pathlib takes longer to load than all that a hop needs.
+# ruff: noqa: PTH110
 import contextlib
 import gc
 import importlib

@@ -6,8 +6,8 @@ forked from this one in which the call runs, and a sandbox that the node's agent
 
 from __future__ import annotations
 
-# ruff: noqa: PTH (pathlib takes longer to load than all that a hop needs)
-
+# pathlib takes longer to load than all that a hop needs.
+# ruff: noqa: PTH100, PTH120
 import contextlib
 import os
 import signal
@@ -110,6 +110,7 @@ class Process(Next):
         self._where = where
         self._explain = explain
         self._tail = bytearray()
+        self._said = 0
         self.ended = False
         self._process = subprocess.Popen(
             argv,
@@ -122,9 +123,10 @@ class Process(Next):
         assert self._process.stdin
         assert self._process.stdout
         assert self._process.stderr
-        self.link = frames.Link(self._process.stdout.fileno(), self._process.stdin.fileno())
+        self._stdin, self._stdout, self._stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        self.link = frames.Link(self._stdout.fileno(), self._stdin.fileno())
         self.outputs: dict[int, bytes] = {}
-        self.wake_fd = self._process.stderr.fileno()
+        self.wake_fd = self._stderr.fileno()
         os.set_blocking(self.wake_fd, False)
 
     def on_wake(self) -> None:
@@ -132,6 +134,7 @@ class Process(Next):
             data = os.read(self.wake_fd, 65536)
         except BlockingIOError:
             return
+        self._said += len(data)
         self._tail += data
         del self._tail[:-_TAIL]
         if not data:
@@ -156,9 +159,9 @@ class Process(Next):
         return HopFailed(text, where=self._where, exit_status=status)
 
     def kill(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
+                stream.close()
         if self._process.poll() is None:
             self._process.terminate()
         self._finish()
@@ -166,11 +169,13 @@ class Process(Next):
             # srun was killed before it could take its job away.
             slurm.cancel(self.job_id)
             self.job_id = None
+        self.ended = True
+        self._stderr.close()
 
     def close(self) -> None:
         """Let the process end by itself after the call did, within bounds."""
         with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
+            self._stdin.close()
         deadline = time.monotonic() + 5
         while self._process.poll() is None and time.monotonic() < deadline:
             self._drain(0.05)
@@ -192,13 +197,10 @@ class Process(Next):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        while not self.ended:
-            before = len(self._tail)
+        before = -1
+        while not self.ended and before != self._said:
+            before = self._said
             self.on_wake()
-            if len(self._tail) == before:
-                break
-        if not self._process.stderr.closed:  # type: ignore[union-attr]
-            self.ended = True
 
 
 class Worker(Next):

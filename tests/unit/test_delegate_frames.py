@@ -1,0 +1,129 @@
+"""Frames: whole ones come out however the bytes were cut, everything else is refused, and silence is noticed."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delegate_function import frames
+
+FRAMES = st.lists(st.tuples(st.sampled_from(sorted(frames.TYPES)), st.binary(max_size=300)), max_size=8)
+
+
+@given(FRAMES, st.integers(min_value=1, max_value=50))
+def test_frames_survive_being_cut_anywhere(content: list[tuple[bytes, bytes]], piece: int) -> None:
+    stream = b"".join(frames.encode(kind, data) for kind, data in content)
+    decoder = frames.Decoder()
+    found = []
+    for start in range(0, len(stream), piece):
+        decoder.feed(stream[start : start + piece])
+        found += list(decoder)
+    assert found == content
+    assert not decoder.partial
+
+
+def test_a_frame_ends_a_line_so_that_srun_passes_it_on() -> None:
+    assert frames.encode(frames.BEAT).endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"Traceback (most recent call last):\n",
+        b"B\xff\xff\xff\xff",
+        frames.encode(frames.OUT, b"abc")[:-1] + b"x",
+    ],
+    ids=["text", "endless frame", "frame without its end"],
+)
+def test_what_is_no_frame_is_refused(stream: bytes) -> None:
+    decoder = frames.Decoder()
+    decoder.feed(stream)
+    with pytest.raises(frames.ProtocolError):
+        list(decoder)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 100_000])
+def test_json_that_is_no_object_is_refused(content: bytes) -> None:
+    with pytest.raises(frames.ProtocolError):
+        frames.decode_json(content)
+
+
+def test_a_frame_has_a_largest_size() -> None:
+    with pytest.raises(frames.ProtocolError):
+        frames.encode(frames.DATA, bytes(frames.MAX_FRAME + 1))
+
+
+def test_a_window_gives_credit_for_what_was_used_and_refuses_more_than_it_allowed() -> None:
+    window = frames.Window(frames.OUTPUT_STREAM)
+    window.arrived(frames.WINDOW)
+    credit = window.used(frames.WINDOW)
+    (kind, content), = _decoded(credit)
+    assert (kind, frames.decode_credit(content)) == (frames.CREDIT, (frames.OUTPUT_STREAM, frames.WINDOW))
+    window.arrived(frames.WINDOW)
+    with pytest.raises(frames.ProtocolError):
+        window.arrived(1)
+
+
+def _decoded(stream: bytes) -> list[tuple[bytes, bytes]]:
+    decoder = frames.Decoder()
+    decoder.feed(stream)
+    return list(decoder)
+
+
+@pytest.fixture
+def link() -> Iterator[tuple[frames.Link, int, int]]:
+    """Return a link, and the other side's descriptors to read and write."""
+    read_fd, far_write = os.pipe()
+    far_read, write_fd = os.pipe()
+    yield frames.Link(read_fd, write_fd), far_read, far_write
+    for fd in (read_fd, write_fd, far_read, far_write):
+        os.close(fd)
+
+
+def test_nobody_is_silent_before_the_first_byte(link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    near, _, _ = link
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+    assert not near.silent
+    near.beat()
+    assert not near.pending
+
+
+def test_silence_counts_from_the_last_byte(link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far_read, far_write = link
+    os.write(far_write, frames.encode(frames.BEAT))
+    assert near.receive() == []
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1.0)
+    assert not near.silent
+    near.beat()
+    assert _decoded(os.read(far_read, 100)) == [(frames.BEAT, b"")]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2.0)
+    assert near.silent
+
+
+def test_being_held_up_oneself_is_not_the_other_sides_silence(
+    link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _, far_write = link
+    os.write(far_write, frames.encode(frames.BEAT))
+    near.receive()
+    poller = frames.Poller()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+    poller.wait([], [], [near])
+    assert not near.silent
+
+
+def test_a_link_says_when_too_much_waits_and_drops_what_nobody_can_read(link: tuple[frames.Link, int, int]) -> None:
+    near, far_read, _ = link
+    for _ in range(50):
+        near.send(frames.encode(frames.DATA, bytes(frames.CHUNK)))
+    assert near.congested
+    os.dup2(os.open(os.devnull, os.O_RDONLY), far_read)
+    near.flush()
+    assert not near.pending
+    assert not near.congested
