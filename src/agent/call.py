@@ -7,33 +7,37 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from agent import wire
 from agent.wire import SOCKET, Refused
+
+TYPE_CHECKING = False  # the module `typing` takes longer to load than all of this
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 __all__ = ["SOCKET", "Call", "Ended", "Refused", "call"]
 
 _CONNECT_S = 10.0
 
 
-class Ended(NamedTuple):
+class Ended:
     """How a call ended, in the agent's words.
 
     Attributes:
-        reason: "exited", "time", "memory", "processes", "output", "cancelled" or "error".
+        reason: "exited", "time", "memory", "processes", "cancelled" or "error".
         exit_status: of the call's process, negative for the signal that killed it; None where the agent destroyed it.
         detail: more about the reason, or "".
         usage: wall_s, user_s, system_s, peak_memory_mb; None where it cannot be known.
         node: the machine's fingerprint.
     """
 
-    reason: str
-    exit_status: int | None
-    detail: str
-    usage: dict[str, float | None]
-    node: dict[str, Any]
+    def __init__(self, message: dict[str, Any]) -> None:
+        self.reason: str = message["reason"]
+        self.exit_status: int | None = message["exit_status"]
+        self.detail: str = message["detail"]
+        self.usage: dict[str, float | None] = message["usage"]
+        self.node: dict[str, Any] = message["node"]
 
 
 class Call:
@@ -94,7 +98,7 @@ class Call:
             if kind == "started" and on_started:
                 on_started(message)
             if kind == "ended":
-                return Ended(*(message[field] for field in Ended._fields))
+                return Ended(message)
 
     def close(self) -> None:
         """Give the call up: the agent destroys the sandbox at once."""

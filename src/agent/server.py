@@ -20,6 +20,7 @@ from agent import node, wire
 from agent.engine import EngineError
 from agent.grants import Grant, Grants
 from agent.policy import MIN_MEMORY_MB, Policy, Profile
+from agent.request import CallRequest, call_request
 from agent.sandboxes import Abandoned, Sandbox, SandboxError, Sandboxes
 from agent.usage import Reading
 
@@ -96,11 +97,11 @@ class Server:
             profiles = sorted(self._policy.profiles)
             wire.send(connection, {"type": "pong", "versions": list(wire.VERSIONS), "profiles": profiles})
         elif message.get("type") == "call":
-            self._call(connection, uid, wire.call_request(message), descriptors)
+            self._call(connection, uid, call_request(message), descriptors)
         else:
             raise wire.Refused("field", "type is neither call nor ping")
 
-    def _call(self, connection: socket.socket, uid: int, request: wire.CallRequest, descriptors: list[int]) -> None:
+    def _call(self, connection: socket.socket, uid: int, request: CallRequest, descriptors: list[int]) -> None:
         grant = self._grants.find(request.job)
         if grant is None or grant.uid != uid:
             raise wire.Refused("job", f"user {uid} has no job {request.job} on {os.uname().nodename}")
@@ -122,7 +123,7 @@ class Server:
             finally:
                 sandbox.destroy()
 
-    def _profile(self, request: wire.CallRequest) -> Profile:
+    def _profile(self, request: CallRequest) -> Profile:
         profile = self._policy.profiles.get(request.profile)
         if profile is None:
             known = ", ".join(sorted(self._policy.profiles))
@@ -134,7 +135,7 @@ class Server:
     def _run(
         self,
         connection: socket.socket,
-        request: wire.CallRequest,
+        request: CallRequest,
         grant: Grant,
         sandbox: Sandbox,
         fingerprint: dict[str, Any],
@@ -171,7 +172,7 @@ class Server:
         )
 
     def _watch(
-        self, connection: socket.socket, request: wire.CallRequest, grant: Grant, sandbox: Sandbox, deadline: float
+        self, connection: socket.socket, request: CallRequest, grant: Grant, sandbox: Sandbox, deadline: float
     ) -> Ending:
         """Wait until the call is over, and end it where nobody may wait any longer; then none of it runs any more."""
         poller = select.poll()
