@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from cfiddle_cluster.errors import ClusterError
 
@@ -52,7 +53,7 @@ def run(
         CommandError: it cannot be started, ends with another status than 0, or not in time.
     """
     data = input.encode() if isinstance(input, str) else input
-    source = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
+    source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
     try:
         done = subprocess.run([*_DIE_WITH_US, *argv], timeout=timeout_s, env=env, cwd=cwd, capture_output=True, check=False, **source)
     except subprocess.TimeoutExpired as error:
@@ -63,7 +64,8 @@ def run(
     if done.returncode:
         output = (done.stdout + b"\n" + done.stderr).decode(errors="replace")
         raise CommandError(argv, done.returncode, output, f"ended with status {done.returncode}")
-    return done.stdout.decode(errors="replace")
+    text: str = done.stdout.decode(errors="replace")
+    return text
 
 
 @cache

@@ -4,16 +4,16 @@ Simulated machines are driven by the same code; only their SSH key and host keys
 """
 
 import http.client
-import io
 import json
 import shlex
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import Config
@@ -98,19 +98,25 @@ class Machine:
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         client = docker_cli() if not self.ssh else "docker"
         argv = self.argv([client, "--host", "unix:///var/run/docker.sock", "system", "dial-stdio"])
-        try:
-            done = subprocess.run(
-                argv, input=head.encode() + data, capture_output=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ClusterError(f"the engine of {self.name} did not answer {method} {path} in {timeout_s:.0f} s") from error
-        if not done.stdout:
-            error_text = done.stderr.decode(errors="replace")
-            failure = CommandError(argv, done.returncode, error_text, f"ended with status {done.returncode}")
-            raise self._unreachable(failure) if self.ssh and done.returncode == SSH_FAILED else failure
-        answer = http.client.HTTPResponse(_Reply(done.stdout), method=method)  # type: ignore[arg-type]
-        answer.begin()
-        text = answer.read().decode(errors="replace")
+        # Standard input stays open until the answer is there: the engine takes its end for a client that went away.
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdin and process.stdout and process.stderr
+            timer = threading.Timer(timeout_s, process.kill)
+            timer.start()
+            try:
+                process.stdin.write(head.encode() + data)
+                process.stdin.flush()
+                answer = http.client.HTTPResponse(_Reply(process.stdout), method=method)  # type: ignore[arg-type]
+                answer.begin()
+                text = answer.read().decode(errors="replace")
+            except (OSError, http.client.HTTPException) as error:
+                late = not timer.is_alive()
+                process.kill()
+                said = f"no answer in {timeout_s:.0f} s" if late else process.stderr.read().decode(errors="replace")
+                failure = CommandError(argv, process.wait(), said, "got no answer from the engine")
+                raise self._unreachable(failure) if self.ssh and process.returncode == SSH_FAILED else failure from error
+            finally:
+                timer.cancel()
         if answer.status >= 400:
             raise EngineError(self.name, answer.status, text)
         return json.loads(text) if text.strip() else None
@@ -155,11 +161,11 @@ class EngineError(ClusterError):
 class _Reply:
     """What `http.client` reads an answer from."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
 
-    def makefile(self, _mode: str) -> io.BytesIO:
-        return io.BytesIO(self._data)
+    def makefile(self, _mode: str) -> IO[bytes]:
+        return self._stream
 
 
 def short_hostname() -> str:

@@ -92,13 +92,10 @@ def _has_record(name: str) -> bool:
 
 
 def _records(name: str, *which: str) -> list[str]:
-    """Return `JOB|STATE` of jobs of `probe` that ran on the node."""
-    options = [
-        "--noheader",
-        "--parsable2",
-        "--allocations",
-        "--format=JobID,State",
-        "--user=probe",
-        f"--nodelist={name}",
-    ]
-    return slurm.slurm(["sacct", *options, *which]).splitlines()
+    """Return `JOB|STATE` of jobs of `probe` that ran on the node.
+
+    sacct's own --nodelist is not used: it goes by an order of nodes that slurmdbd does not know of dynamic ones.
+    """
+    options = ["--noheader", "--parsable2", "--allocations", "--format=NodeList,JobID,State", "--user=probe"]
+    lines = slurm.slurm(["sacct", *options, *which]).splitlines()
+    return [record for node, _, record in (line.partition("|") for line in lines) if node == name]

@@ -7,6 +7,7 @@ with the outer engine, and are the same members of the swarm when they do.
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
 NETWORK = "cfiddle-machines"
-BRIDGE = "cfiddle-machines"
+BRIDGE = "cfiddle-mach"
+"""An interface's name has at most 15 characters."""
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 20
 AUTHORIZED_KEYS = "/etc/ssh/authorized_keys"
@@ -78,7 +80,7 @@ def ensure_machines(config: Config, state: State, names: Sequence[str], image: s
             container.start()
     for name in names:
         wait_until(
-            lambda name=name: _is_healthy(name),
+            partial(_is_healthy, name),
             timeout_s=START_TIMEOUT_S,
             what=f"the simulated machine {name} to come up",
             remedy=f"docker logs {_container_name(name)} shows what it says",

@@ -66,7 +66,7 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
     values = _values(config, references, names)
     drained = _drain(values)
     argv = [docker_cli(), "stack", "deploy", "--with-registry-auth", "--resolve-image", "never"]
-    argv += ["--compose-file", config.root / "docker-compose.yml", STACK]
+    argv += ["--compose-file", str(config.root / "docker-compose.yml"), STACK]
     run(argv, timeout_s=120, env={**os.environ, **values})
     wait_until_healthy(timeout_s=START_TIMEOUT_S)
     if drained:
