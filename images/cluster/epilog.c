@@ -1,12 +1,9 @@
-// Slurm's Prolog and Epilog on a worker: one program, told apart by the name it is called by.
+// Slurm's Epilog on a worker: takes the job's grant away (grant.c gave it) and ends what the job left running. If that was
+// the user's last job here, everything of the user goes: processes, and what lies in shared memory and in the directories
+// that anyone may write to.
 //
-// prolog: writes the grant, the file by which the agent knows that this user holds this job on this machine.
-// epilog: takes the grant away and ends what the job left running. If that was the user's last job here, everything of the
-//         user goes: processes, and what lies in shared memory and in the directories that anyone may write to.
-//
-// The prolog lies in the way of every job, and what a shell needs to start and to run flock and mv took longer than all of it.
-// Root only writes and removes grants. Whatever touches a user's processes and files does so as that user, so that nothing
-// the user prepares (a link, a swapped directory, a reused process id) turns it against somebody else.
+// Root only removes the grant. Whatever touches a user's processes and files does so as that user, so that nothing the user
+// prepares (a link, a swapped directory, a reused process id) turns it against somebody else.
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <dirent.h>
@@ -123,13 +120,6 @@ static int is_shared_memory_used(void) { // by anybody: more than the heading st
 
 static void pause_ms(long ms) { nanosleep(&(struct timespec){.tv_nsec = ms * 1000000}, NULL); }
 
-static void prolog(void) {
-    char aside[64];
-    snprintf(aside, sizeof aside, ".%s", job);
-    FILE *grant = fopen(aside, "we");
-    if (!grant || fprintf(grant, "%u\n", user) < 0 || fclose(grant) || rename(aside, job)) err(1, "writing the grant");
-}
-
 static void epilog(void) {
     if (unlink(job) && errno != ENOENT) err(1, "removing the grant");
     if (any(".", is_grant)) {
@@ -142,16 +132,15 @@ static void epilog(void) {
         if (!as_user(clean)) warnx("files of user %u could not all be removed", user);
 }
 
-int main(int count, char **names) {
+int main(void) {
     char lock[64];
     number("SLURM_JOB_ID");
     job = getenv("SLURM_JOB_ID");
     user = number("SLURM_JOB_UID");
-    if (count != 1 || user < FIRST_USER) return 0;
-    umask(077);
-    // One at a time for each user: a job that starts must not be taken for what an ending one left.
+    if (user < FIRST_USER) return 0;
+    // Not while a step of the user's starts: it must not be taken for what this job left.
     snprintf(lock, sizeof lock, LOCKS "/%u", user);
     if (chdir(GRANTS) || flock(open(lock, O_CREAT | O_RDWR | O_CLOEXEC, 0600), LOCK_EX)) err(1, "%s and %s", GRANTS, lock);
-    (strstr(names[0], "epilog") ? epilog : prolog)();
+    epilog();
     return 0;
 }
