@@ -20,6 +20,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from typing import Any
 from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
 from delegate_function.errors import ConfigurationError, DelegateFunctionException, ProcessDied
 
+_OUTDATED = "pkg_resources is deprecated as an API"
+# CFiddle 0.6.1 says so each time it is imported, and a call imports it where it runs.
+warnings.filterwarnings("ignore", message=_OUTDATED, category=UserWarning)
 _RUN = "from cfiddle.Runner import invoke_runner; invoke_runner()"
 
 
@@ -119,7 +123,17 @@ def _known_to_cfiddle(kind: type[DelegateFunctionException]) -> type[DelegateFun
 def _run_here(options: dict[str, str]) -> None:
     """Do as CFiddle itself: in a process of its own, which a function that crashes takes down alone."""
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, "--runner", options["--runner"], "--results", options["--results"]],
+        [
+            sys.executable,
+            "-W",
+            f"ignore:{_OUTDATED}:UserWarning",
+            "-c",
+            _RUN,
+            "--runner",
+            options["--runner"],
+            "--results",
+            options["--results"],
+        ],
         capture_output=True,
         text=True,
         check=False,

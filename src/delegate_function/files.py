@@ -6,8 +6,6 @@ between the check and the use.
 
 from __future__ import annotations
 
-# pathlib takes longer to load than all that a hop needs.
-# ruff: noqa: PTH117
 import contextlib
 import os
 import stat

@@ -7,8 +7,6 @@ process forks and serves the call with `serve`.
 
 from __future__ import annotations
 
-# pathlib takes longer to load than all that a hop needs.
-# ruff: noqa: PTH110
 import contextlib
 import gc
 import importlib

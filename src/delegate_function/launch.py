@@ -6,8 +6,6 @@ forked from this one in which the call runs, and a sandbox that the node's agent
 
 from __future__ import annotations
 
-# pathlib takes longer to load than all that a hop needs.
-# ruff: noqa: PTH100, PTH120
 import contextlib
 import os
 import signal

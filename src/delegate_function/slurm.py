@@ -6,8 +6,6 @@ become an option of its own.
 
 from __future__ import annotations
 
-# pathlib takes longer to load than all that a hop needs.
-# ruff: noqa: PTH110
 import os
 import re
 import time

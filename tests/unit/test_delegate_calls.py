@@ -266,7 +266,7 @@ def test_what_would_end_the_caller_comes_as_text(error: BaseException) -> None:
 
 
 def test_a_result_that_cannot_be_pickled_is_said() -> None:
-    with pytest.raises(ResultNotReturned, match="cannot be pickled.*lock"):
+    with pytest.raises(ResultNotReturned, match=r"cannot be pickled.*lock"):
         SubprocessDelegate().invoke(Thing(), "lock")
 
 
@@ -436,7 +436,7 @@ def test_a_child_that_the_call_leaves_behind_is_ended_and_not_waited_for() -> No
 
 def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
     def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     delegate = SubprocessDelegate()
     delegate.invoke(Thing(), "add", 1)

@@ -60,7 +60,7 @@ def test_a_window_gives_credit_for_what_was_used_and_refuses_more_than_it_allowe
     window = frames.Window(frames.OUTPUT_STREAM)
     window.arrived(frames.WINDOW)
     credit = window.used(frames.WINDOW)
-    (kind, content), = _decoded(credit)
+    ((kind, content),) = _decoded(credit)
     assert (kind, frames.decode_credit(content)) == (frames.CREDIT, (frames.OUTPUT_STREAM, frames.WINDOW))
     window.arrived(frames.WINDOW)
     with pytest.raises(frames.ProtocolError):
@@ -83,7 +83,9 @@ def link() -> Iterator[tuple[frames.Link, int, int]]:
         os.close(fd)
 
 
-def test_nobody_is_silent_before_the_first_byte(link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_silent_before_the_first_byte(
+    link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     near, _, _ = link
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
