@@ -220,11 +220,9 @@ def _images(config: Config) -> list[dict[str, str]]:
     found = []
     for name, references in running.items():
         identity = _image_id(built[name])
-        if not identity:
-            state = "not built"
-        elif not references:
-            state = "built"
-        elif all(_image_id(reference) == identity for reference in references):
+        if not references:
+            state = "built" if identity else "not built"
+        elif identity and all(_image_id(reference) == identity for reference in references):
             state = "current"
         else:
             state = "differs from what runs"

@@ -1,0 +1,116 @@
+"""JupyterLab in a real browser: log in with the token, run the notebook to its end, see the plot."""
+
+import json
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+import browser
+from cfiddle_cluster import userhost
+from live import PATIENCE, ROOT, LiveCluster, wait_until
+
+SCREENSHOT = ROOT / "test-output" / "jupyterlab.png"
+NOTEBOOK_TIMEOUT_S = 180
+
+
+@pytest.fixture
+def folder(cluster: LiveCluster) -> Iterator[str]:
+    """Give a directory of jovyan's with a fresh copy of the notebook."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.user(f"mkdir ~/{name} && cp /etc/skel/notebooks/first-experiment.ipynb ~/{name}/").ok()
+    yield name
+    cluster.user(f"rm -rf ~/{name}").ok()
+
+
+def _log_in(page: Page, cluster: LiveCluster) -> None:
+    page.goto(f"{userhost.address(cluster.config)}/lab")
+    page.get_by_label("Password or token:").fill(cluster.state.secret("jupyter-token"))
+    page.get_by_role("button", name="Log in").click()
+
+
+def _saved(cluster: LiveCluster, path: str) -> Any:
+    request = urllib.request.Request(
+        f"{userhost.address(cluster.config)}/api/contents/{path}",
+        headers={"Authorization": f"token {cluster.state.secret('jupyter-token')}"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)["content"]
+
+
+def _outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+def test_first_experiment_runs_to_its_end_in_a_browser_and_shows_the_plot(cluster: LiveCluster, folder: str) -> None:
+    with browser.page() as page:
+        page.set_default_timeout(60_000 * PATIENCE)
+        _log_in(page, cluster)
+        page.goto(f"{userhost.address(cluster.config)}/lab/tree/{folder}/first-experiment.ipynb")
+        expect(page.locator(".jp-Notebook-cell").first).to_be_visible(timeout=60_000 * PATIENCE)
+        page.get_by_text("Run", exact=True).first.click()
+        page.get_by_text("Run All Cells", exact=True).click()
+
+        def has_run() -> Any:
+            page.keyboard.press("Control+s")
+            page.wait_for_timeout(1000)
+            notebook = _saved(cluster, f"{folder}/first-experiment.ipynb")
+            errors = [output for output in _outputs(notebook) if output["output_type"] == "error"]
+            assert not errors, "\n".join(errors[0]["traceback"])
+            code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"]]
+            return notebook if all(cell["execution_count"] for cell in code) else None
+
+        notebook = wait_until(has_run, timeout_s=NOTEBOOK_TIMEOUT_S, what="every cell of the notebook has run")
+        assert any("image/png" in output.get("data", {}) for output in _outputs(notebook))
+
+        plot = page.locator(".jp-OutputArea img").last
+        for _ in range(20):
+            if plot.count() and plot.is_visible():
+                break
+            page.locator(".jp-Notebook").first.hover()
+            page.mouse.wheel(0, 500)
+            page.wait_for_timeout(200)
+        plot.scroll_into_view_if_needed()
+        expect(plot).to_be_visible()
+        assert plot.evaluate("image => image.naturalWidth") > 300
+        page.wait_for_timeout(500)
+        _keep(page, SCREENSHOT)
+
+
+def _keep(page: Page, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    page.screenshot(path=path)
+
+
+def test_terminal_is_jovyan_s_and_has_slurm(cluster: LiveCluster, folder: str) -> None:
+    with browser.page() as page:
+        page.set_default_timeout(60_000 * PATIENCE)
+        _log_in(page, cluster)
+        page.goto(f"{userhost.address(cluster.config)}/lab?reset")
+        page.locator('.jp-LauncherCard[title="Start a new terminal session"]').click()
+        page.locator(".xterm-helper-textarea").wait_for(state="attached")
+        page.locator(".jp-Terminal").click()
+        page.keyboard.type(f"(id; umask; sinfo; echo end) >~/{folder}/said 2>&1")
+        page.keyboard.press("Enter")
+        said = wait_until(
+            lambda: (text := cluster.user(f"cat ~/{folder}/said").stdout) and text.endswith("end\n") and text,
+            timeout_s=30,
+            what="the terminal's commands to have run",
+        )
+    assert "uid=1000(jovyan) gid=100(users)" in said
+    assert "0077" in said
+    assert "normal*" in said
+
+
+def test_login_page_refuses_a_wrong_token(cluster: LiveCluster) -> None:
+    with browser.page() as page:
+        page.goto(f"{userhost.address(cluster.config)}/lab")
+        page.get_by_label("Password or token:").fill("0" * 64)
+        page.get_by_role("button", name="Log in").click()
+        expect(page.get_by_text("Invalid credentials")).to_be_visible()
+        page.goto(f"{userhost.address(cluster.config)}/lab")
+        expect(page.get_by_label("Password or token:")).to_be_visible()
