@@ -1,5 +1,6 @@
 """The swarm: the head's engine manages it, every other machine is a worker of it, labels say what runs where."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ JOIN_TIMEOUT_S = 60
 MADE_BY_US = "swarm.json"
 """The file of the state that says which swarm `up` made, and so `down` may leave."""
 
+# RFC 1123, section 2.1; slurm.conf(5) and a swarm's DNS want no more.
+_NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_SERVICE_NAMES = frozenset({"localhost", "mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost"})
+
 
 def is_manager() -> bool:
     """Tell whether the head's engine manages a swarm."""
@@ -30,7 +35,9 @@ def ensure_swarm(config: Config, state: State) -> None:
         ClusterError: the head belongs to somebody else's swarm as a worker, or has not that address.
     """
     client = engine.client()
-    swarm = client.info()["Swarm"]
+    info = client.info()
+    _refuse([("this machine", *fault) for fault in engine_faults(info)])
+    swarm = info["Swarm"]
     if swarm["ControlAvailable"]:
         return
     if swarm["LocalNodeState"] not in ("inactive", "pending"):
@@ -54,9 +61,13 @@ def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> 
     Raises:
         ClusterError: a machine is in another swarm or cannot reach the head, or two have the same name.
     """
+    machines = list(machines)
+    _refuse(name_faults([(machine.name, machine.addr) for machine in machines]))
     machines = [machine for machine in machines if "head" not in machine.roles]
-    _check_names([*machines])
-    states = on_each(machines, lambda machine: machine.engine_get("/info")["Swarm"])
+    answers = on_each(machines, lambda machine: machine.engine_get("/info"))
+    for machine, info in zip(machines, answers, strict=True):
+        _refuse([(machine.name, *fault) for fault in engine_faults(info)])
+    states = [info["Swarm"] for info in answers]
     ids = {str(node["ID"]) for node in nodes().values()}
     missing = []
     for machine, swarm in zip(machines, states, strict=True):
@@ -180,15 +191,53 @@ def _remove_forgotten(names: set[str]) -> None:
                     engine.client().api.remove_node(node["ID"], force=True)
 
 
-def _check_names(machines: list[Machine]) -> None:
-    names = [machine.name for machine in machines]
-    for name in sorted(set(names)):
-        addresses = [machine.addr for machine in machines if machine.name == name]
-        if len(addresses) > 1:
-            raise ClusterError(
-                f"{' and '.join(addresses)} are both named {name}; a node's name is its machine's",
-                "give them different names with: hostnamectl hostname NAME",
+def engine_faults(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what an engine has set that the cluster cannot be with, and how to mend it.
+
+    Args:
+        info: what the engine says of itself.
+    """
+    options = {part for option in info.get("SecurityOptions") or [] for part in str(option).split(",")}
+    restart = "then restart that engine"
+    faults = []
+    if info.get("LiveRestoreEnabled"):
+        faults.append(
+            ("its engine has live-restore, which Swarm refuses", f"take live-restore out of daemon.json, {restart}")
+        )
+    if "name=userns" in options:
+        faults.append(
+            (
+                "its engine has userns-remap: a sandbox's caller could not be told by uid",
+                f"take userns-remap out of daemon.json, {restart}",
             )
+        )
+    if "name=rootless" in options:
+        faults.append(("its engine is a rootless one, which has no overlay networks", "install Docker Engine for root"))
+    return faults
+
+
+def name_faults(machines: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Return which names of machines, each with its address, cannot be a node's, why, and how to mend it."""
+    machines = list(machines)
+    mend = "give it another name: hostnamectl hostname NAME"
+    faults = []
+    for name in sorted({name for name, _addr in machines}):
+        addresses = [addr for other, addr in machines if other == name]
+        if len(addresses) > 1:
+            faults.append(
+                (name, f"{' and '.join(addresses)} are both named {name}; a node has its machine's name", mend)
+            )
+        if not _NODE_NAME.fullmatch(name):
+            faults.append((name, f"{name!r} cannot be a node's name: letters, digits and hyphens only", mend))
+        elif name in _SERVICE_NAMES:
+            faults.append((name, f"{name} is the name of one of the cluster's services, and cannot be a node's", mend))
+    return faults
+
+
+def _refuse(faults: Iterable[tuple[str, str, str]]) -> None:
+    faults = list(faults)
+    if faults:
+        raise ClusterError("\n".join(f"{where}: {what}" for where, what, _mend in faults), faults[0][2])
 
 
 def _join(config: Config, machine: Machine, token: str) -> None:
