@@ -15,10 +15,7 @@ from cfiddle_cluster.config import Config
 SOURCES = ("src", "tests", "benchmarks", "tasks.py", "test_cfiddle.py")
 
 # docs.docker.com/engine/reference/commandline/stack_deploy: what it ignores without a word that anybody reads, or rejects.
-IGNORED_BY_STACKS = (
-    "build cgroup_parent container_name cpuset depends_on devices external_links ipc links mem_limit network_mode oom_score_adj "
-    "pid privileged restart security_opt shm_size userns_mode"
-).split()
+IGNORED_BY_STACKS = ["build", "cgroup_parent", "container_name", "cpuset", "depends_on", "devices", "external_links", "ipc", "links", "mem_limit", "network_mode", "oom_score_adj", "pid", "privileged", "restart", "security_opt", "shm_size", "userns_mode"]
 
 
 def main(config: Config) -> int:
@@ -62,7 +59,9 @@ def stack_faults(stack: dict[str, Any]) -> list[str]:
     """Return what is wrong with the stack file: options that a stack ignores, names that stand nowhere."""
     faults = []
     for name, service in stack["services"].items():
-        faults += [f"{name}: `docker stack deploy` ignores {option}" for option in IGNORED_BY_STACKS if option in service]
+        faults += [
+            f"{name}: `docker stack deploy` ignores {option}" for option in IGNORED_BY_STACKS if option in service
+        ]
         deploy = service.get("deploy", {})
         if deploy.get("endpoint_mode") != "dnsrr":
             faults.append(f"{name}: endpoint_mode must be dnsrr, for kernels without IPVS")

@@ -180,7 +180,8 @@ class Cluster:
         packages.ensure_root()
         if not self.config.simulated:
             raise ClusterError(
-                "the workers are real machines, which cannot be made", "./invoke add-worker ADDRESS, ./invoke remove-worker NAME"
+                "the workers are real machines, which cannot be made",
+                "./invoke add-worker ADDRESS, ./invoke remove-worker NAME",
             )
         if not 1 <= workers <= config.MAX_LOCAL_WORKERS:
             raise ClusterError(
@@ -207,7 +208,8 @@ class Cluster:
         packages.ensure_root()
         if self.config.simulated:
             raise ClusterError(
-                "this cluster's workers are simulated", "./invoke scale N for more of them, or set WORKER_ADDRS in config.sh"
+                "this cluster's workers are simulated",
+                "./invoke scale N for more of them, or set WORKER_ADDRS in config.sh",
             )
         if addr in self.config.worker_addrs:
             raise ClusterError(f"{addr} is a worker already", "./invoke status shows it")
@@ -228,7 +230,9 @@ class Cluster:
             self._must_run()
             known = swarm.worker_names()
             if name not in known:
-                raise ClusterError(f"there is no worker {name!r}; there are {', '.join(known)}", "./invoke status shows them")
+                raise ClusterError(
+                    f"there is no worker {name!r}; there are {', '.join(known)}", "./invoke status shows them"
+                )
             if len(known) == 1:
                 raise ClusterError(f"{name} is the last worker", "add another one first, or: ./invoke down")
             self._remove_worker(Report(again=f"./invoke remove-worker {name}"), name)

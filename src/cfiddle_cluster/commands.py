@@ -55,7 +55,9 @@ def run(
     data = input.encode() if isinstance(input, str) else input
     source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
     try:
-        done = subprocess.run([*_DIE_WITH_US, *argv], timeout=timeout_s, env=env, cwd=cwd, capture_output=True, check=False, **source)
+        done = subprocess.run(
+            [*_DIE_WITH_US, *argv], timeout=timeout_s, env=env, cwd=cwd, capture_output=True, check=False, **source
+        )
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"") + (error.stderr or b"")
         raise CommandError(argv, None, output.decode(errors="replace"), f"did not end in {timeout_s:.0f} s") from error

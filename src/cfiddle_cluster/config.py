@@ -162,14 +162,18 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
     if config.jupyter_port == config.registry_port:
         faults.append(f"JUPYTER_PORT and REGISTRY_PORT are both {config.jupyter_port}")
     if not head:
-        faults.append("HEAD_ADDR is empty, and the way to the first worker does not tell this machine's address; set it")
+        faults.append(
+            "HEAD_ADDR is empty, and the way to the first worker does not tell this machine's address; set it"
+        )
     if faults:
         raise ClusterError("config.sh: " + "\n           ".join(faults), _REMEDY)
     return config
 
 
 def _read(path: Path) -> dict[str, str]:
-    checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    checked = subprocess.run(
+        ["bash", "-n", path], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
     if checked.returncode:
         raise ClusterError(f"config.sh cannot be read:\n{checked.stderr.strip()}", "correct the line it names")
     done = subprocess.run(

@@ -49,9 +49,7 @@ class Machine:
     ssh: tuple[str, ...] = ()
     sudo: bool = False
 
-    def run(
-        self, argv: Sequence[str | Path], *, timeout_s: float, input: str | bytes | None = None
-    ) -> str:
+    def run(self, argv: Sequence[str | Path], *, timeout_s: float, input: str | bytes | None = None) -> str:
         """Run a command there, as root, and return what it wrote to its standard output.
 
         Raises:
@@ -114,7 +112,9 @@ class Machine:
                 process.kill()
                 said = f"no answer in {timeout_s:.0f} s" if late else process.stderr.read().decode(errors="replace")
                 failure = CommandError(argv, process.wait(), said, "got no answer from the engine")
-                raise self._unreachable(failure) if self.ssh and process.returncode == SSH_FAILED else failure from error
+                raise (
+                    self._unreachable(failure) if self.ssh and process.returncode == SSH_FAILED else failure
+                ) from error
             finally:
                 timer.cancel()
         if answer.status >= 400:
@@ -237,7 +237,9 @@ def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list
     for error in errors:
         if error is not None and not isinstance(error, ClusterError):
             raise error
-    failed = [(machine, error) for machine, error in zip(listed, errors, strict=True) if isinstance(error, ClusterError)]
+    failed = [
+        (machine, error) for machine, error in zip(listed, errors, strict=True) if isinstance(error, ClusterError)
+    ]
     if failed:
         message = "\n".join(f"{machine.name}: {error.message}" for machine, error in failed)
         raise ClusterError(message, failed[0][1].remedy) from failed[0][1]

@@ -20,7 +20,9 @@ COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebs
 def ensure_root() -> None:
     """Raise `ClusterError` unless we are root."""
     if os.geteuid():
-        raise ClusterError("this needs root: it drives the machine's engine and keeps the cluster's secrets", "sudo ./invoke …")
+        raise ClusterError(
+            "this needs root: it drives the machine's engine and keeps the cluster's secrets", "sudo ./invoke …"
+        )
 
 
 def ensure_packages(packages: Iterable[str]) -> None:
@@ -40,7 +42,9 @@ def ensure_packages(packages: Iterable[str]) -> None:
         run(["apt-get", "update", "-q"], timeout_s=INSTALL_TIMEOUT_S, env=environment)
         run(install, timeout_s=INSTALL_TIMEOUT_S, env=environment)
     except CommandError as error:
-        raise ClusterError(f"{' '.join(missing)} cannot be installed:\n{error.output}", "mend what apt-get says") from error
+        raise ClusterError(
+            f"{' '.join(missing)} cannot be installed:\n{error.output}", "mend what apt-get says"
+        ) from error
 
 
 def ensure_commands() -> None:

@@ -68,7 +68,9 @@ def running_tasks(service: str) -> list[dict[str, Any]]:
 def machines_of(service: str) -> set[str]:
     """Return the names of the machines that answer and on which a container of the service may still run."""
     api = engine.client().api
-    names = {node["ID"]: str(node["Description"]["Hostname"]) for node in api.nodes() if node["Status"]["State"] == "ready"}
+    names = {
+        node["ID"]: str(node["Description"]["Hostname"]) for node in api.nodes() if node["Status"]["State"] == "ready"
+    }
     tasks = api.tasks(filters={"service": f"{STACK}_{service}"})
     alive = ("starting", "running")
     return {names[task["NodeID"]] for task in tasks if task["Status"]["State"] in alive and task.get("NodeID") in names}
@@ -107,7 +109,7 @@ def _meets(labels: Mapping[str, str], constraint: str) -> bool:
 
 def _is_current(task: Mapping[str, Any], service: Service) -> bool:
     wanted = service.attrs["Spec"]["TaskTemplate"]["ContainerSpec"]
-    return task["ServiceID"] == service.id and task["Spec"]["ContainerSpec"] == wanted
+    return bool(task["ServiceID"] == service.id and task["Spec"]["ContainerSpec"] == wanted)
 
 
 def _describe(name: str) -> str:

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from docker.errors import APIError, NotFound
+from docker.errors import APIError
 from docker.models.containers import Container
 from docker.types import EndpointConfig, IPAMConfig, IPAMPool, Mount
 
@@ -32,12 +32,7 @@ AUTHORIZED_KEYS = "/etc/ssh/authorized_keys"
 
 # include/uapi/linux/capability.h, in the order of their numbers. The three newest are left out: engines before 20.10.8 do
 # not know them, and a simulated machine needs none of them.
-_CAPABILITIES = (
-    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
-    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
-    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
-    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ"
-).split()
+_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ"]
 _LABELS = {"cfiddle.cluster": CLUSTER}
 
 
@@ -220,7 +215,9 @@ def _is_healthy(name: str) -> bool:
     container = engine.client().containers.get(_container_name(name))
     if container.status in ("exited", "dead"):
         tail = container.logs(tail=10).decode(errors="replace").strip()
-        raise ClusterError(f"the simulated machine {name} ended:\n{tail}", f"docker rm --force {container.name}; ./invoke up")
+        raise ClusterError(
+            f"the simulated machine {name} ended:\n{tail}", f"docker rm --force {container.name}; ./invoke up"
+        )
     return bool(container.attrs["State"].get("Health", {}).get("Status") == "healthy")
 
 
@@ -235,7 +232,9 @@ def _write_known_hosts(state: State) -> None:
             continue
         code, output = container.exec_run(["cat", "/etc/ssh/ssh_host_ed25519_key.pub"])
         if code:
-            raise ClusterError(f"{container.name} has no SSH host key: {output.decode(errors='replace')}", "./invoke up")
+            raise ClusterError(
+                f"{container.name} has no SSH host key: {output.decode(errors='replace')}", "./invoke up"
+            )
         kind, key = output.decode().split()[:2]
         lines.append(f"{_address(container.labels['cfiddle.machine'])} {kind} {key}")
     state.write("ssh/known_hosts", "".join(f"{line}\n" for line in lines))

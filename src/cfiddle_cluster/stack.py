@@ -102,7 +102,9 @@ def remove(*, timeout_s: float = 120) -> None:
 
 def remove_volumes(machine: Machine) -> None:
     """Remove the cluster's volumes from a machine, with all that they hold."""
-    script = 'docker volume ls --quiet --filter "label=$1" | xargs --no-run-if-empty docker volume rm --force >/dev/null'
+    script = (
+        'docker volume ls --quiet --filter "label=$1" | xargs --no-run-if-empty docker volume rm --force >/dev/null'
+    )
     machine.script(script, [LABEL], timeout_s=120)
 
 
