@@ -182,7 +182,7 @@ def check(cluster):
 
 
 @cluster_task(help={"only": "paths or options for pytest"})
-def test(cluster, only=""):
+def test(cluster, only=""):  # noqa: PT028
     """Run all tests, on the cluster that is up."""
     return checks.test(cluster.config, only.split())
 
