@@ -151,7 +151,8 @@ def copy(machine: Machine, images: Mapping[str, str]) -> None:
             stderr=subprocess.STDOUT,
         ) as load,
     ):
-        assert save.stdout and save.stderr
+        assert save.stdout
+        assert save.stderr
         save.stdout.close()
         try:
             said, _ = load.communicate(timeout=TRANSFER_TIMEOUT_S)

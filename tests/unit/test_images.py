@@ -174,7 +174,8 @@ def test_failing_build_names_the_image_and_says_what_to_do(checkout: config.Conf
         images.build(checkout, lambda _text: None)
     assert "cfiddle-mysql could not be built" in raised.value.message
     assert "Unable to locate package nonesuch" in raised.value.message
-    assert "images/mysql/" in raised.value.remedy and "./invoke build" in raised.value.remedy
+    assert "images/mysql/" in raised.value.remedy
+    assert "./invoke build" in raised.value.remedy
 
 
 def test_two_pythons_are_refused_by_name(checkout: config.Config, docker: FakeDocker) -> None:
