@@ -28,7 +28,7 @@ from delegate_function.errors import (
     from_wire,
 )
 
-_TAIL = 4000
+_TAIL = 2000
 
 
 class CallInfo:

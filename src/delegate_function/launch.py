@@ -163,10 +163,12 @@ class Process(Next):
         if self._process.poll() is None:
             self._process.terminate()
         self._finish()
-        if self._process.returncode < 0 and self.job_id:
+        if self._explain and self._process.returncode < 0:
             # srun was killed before it could take its job away.
-            slurm.cancel(self.job_id)
-            self.job_id = None
+            job_id = self.job_id or slurm.job_named_in(self.diagnostics)
+            if job_id:
+                slurm.cancel(job_id)
+            self._explain = None
         self.ended = True
         self._stderr.close()
 
@@ -357,7 +359,8 @@ class Sandbox(Next):
         if reason in _LIMITS:
             field, unit = _LIMITS[reason]
             size = (self._started.get("limits") or {}).get(field)
-            text = f"killed, {reason} limit" + (f" of {size} {unit}" if size else "") + detail
+            limit = f"{reason} limit" + (f" of {size} {unit}" if size else "")
+            text = f"killed, {limit}" if self._ended.detail == limit else f"killed, {limit}{detail}"
             return LimitExceeded(text, where=self._where, limit=reason, **details)
         if reason == "exited":
             status = self._ended.exit_status

@@ -68,7 +68,8 @@ def srun_argv(hop: dict[str, Any]) -> list[str]:
 
     Never with --unbuffered, --pty or --label: each of them changes the bytes of the task's output.
     """
-    argv = ["srun", "--nodes=1", "--ntasks=1", "--input=0", "--kill-on-bad-exit=1", "--cpu-bind=none"]
+    # The working directory may not exist there; the call looks for it itself, and slurmd would complain.
+    argv = ["srun", "--nodes=1", "--ntasks=1", "--input=0", "--kill-on-bad-exit=1", "--cpu-bind=none", "--chdir=/"]
     options = checked(hop.get("options") or {})
     options.setdefault("job_name", "delegate")
     argv += [f"--{OPTIONS[name][0]}={value}" for name, value in options.items()]
@@ -94,9 +95,7 @@ def environment() -> dict[str, str]:
 
 def explain(status: int | None, diagnostics: str, where: str, job_id: str | None = None) -> DelegateFunctionException:
     """Return why srun ended before the call did, from its exit status, what it said, and what Slurm knows."""
-    if job_id is None:
-        named = re.search(r"\bjob(?: allocation|id)? (\d+)", diagnostics, re.IGNORECASE)
-        job_id = named[1] if named else None
+    job_id = job_id or job_named_in(diagnostics)
     killed = status is not None and status < 0  # then the job does not end with srun
     known = query(job_id, wait_s=0 if killed else _ENDING_S) if job_id else {}
     state = known.get("JobState", "")
@@ -125,6 +124,12 @@ def explain(status: int | None, diagnostics: str, where: str, job_id: str | None
         + (f"; {about} is {state}" if state else "")
     )
     return HopFailed(ended + said, where=where, **details)
+
+
+def job_named_in(diagnostics: str) -> str | None:
+    """Return the number of the job of which srun speaks."""
+    named = re.search(r"\bjob(?: allocation|id)? (\d+)", diagnostics, re.IGNORECASE)
+    return named[1] if named else None
 
 
 def state(job_id: str) -> str:

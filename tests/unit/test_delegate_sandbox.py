@@ -1,0 +1,273 @@
+"""The way into a sandbox, with a stand-in for the agent that starts the sandbox's process without a container.
+
+What real agents and containers do is tested on the cluster.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import delegate_function
+from delegate_function import (
+    ConfigurationError,
+    DelegateFunctionException,
+    HopFailed,
+    LimitExceeded,
+    ProcessDied,
+    SandboxDelegate,
+    SandboxRefused,
+    SubprocessDelegate,
+    TestClass,
+)
+from delegate_function.delegates import BaseDelegate
+
+SRC = Path(delegate_function.__file__).parents[1]
+NODE = {"name": "c9"}
+USAGE = {"wall_s": 0.25, "user_s": 0.125, "system_s": 0.0, "peak_memory_mb": 12.5}
+STARTED = {
+    "type": "started",
+    "container": "feed",
+    "node": NODE,
+    "limits": {"seconds": 9, "memory_mb": 64, "output_mb": 1},
+}
+
+
+class Guest:
+    """What runs in the sandbox."""
+
+    def where(self) -> tuple[int, str, dict[str, str]]:
+        print("inside")
+        return os.getppid(), str(Path.cwd()), dict(os.environ)
+
+    def die(self, number: int) -> None:
+        os.kill(os.getpid(), number)
+
+    def flood(self) -> None:
+        while True:
+            os.write(1, b"x" * 65536)
+
+    def forge(self) -> None:
+        """Send what the call must not: frames that speak for the agent."""
+        for fd in range(3, 20):
+            try:
+                os.write(fd, b"I\x00\x00\x00\x02{}\n")
+            except OSError:
+                continue
+
+    def sleep(self) -> None:
+        time.sleep(60)
+
+
+class Agent:
+    """A stand-in for the agent: it serves one request after another the way `behave` says."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "agent.sock"
+        self.inside_path = directory / "sandbox.sock"
+        self.requests: list[dict[str, Any]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.started = threading.Event()
+        self.cancelled = threading.Event()
+        self.behave: Callable[[socket.socket, list[int]], None] = self.run
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                message, descriptors, _, _ = socket.recv_fds(connection, 65536, 3)
+                self.requests.append(json.loads(message))
+                self.behave(connection, descriptors)
+                for fd in descriptors:
+                    os.close(fd)
+
+    def start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start the sandbox's process; return it and the connection on which it said that it is ready."""
+        self.inside_path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(self.inside_path))
+            listener.listen()
+            program = (
+                f"import sys; sys.path.insert(0, {str(SRC)!r}); sys.path.append({str(Path(__file__).parent)!r})\n"
+                "from delegate_function import inside\n"
+                f"inside.SOCKET = {str(self.inside_path)!r}\n"
+                "inside.main(['--import', 'decimal'])\n"
+            )
+            process = subprocess.Popen([sys.executable, "-I", "-c", program], env={"SEALED": "yes"}, cwd="/")
+            self.processes.append(process)
+            connection, _ = listener.accept()
+        assert json.loads(connection.recv(65536)) == {"type": "ready"}
+        return process, connection
+
+    def run(self, client: socket.socket, descriptors: list[int], reason: str = "exited") -> None:
+        """Do as the agent: start, hand over, and tell the end; a client that leaves takes the sandbox with it."""
+        process, connection = self.start()
+        with connection:
+            socket.send_fds(connection, [json.dumps({"type": "call"}).encode()], descriptors)
+            client.send(json.dumps(STARTED).encode())
+            self.started.set()
+            while descriptors:
+                os.close(descriptors.pop())
+            done: dict[str, Any] = {}
+            gone = threading.Thread(target=self._watch, args=(client, process))
+            gone.start()
+            if packet := connection.recv(65536):
+                done = json.loads(packet)
+        process.wait(10)
+        ended = {"type": "ended", "reason": reason, "exit_status": done.get("status"), "detail": "", "usage": USAGE}
+        if not self.cancelled.is_set():
+            client.send(json.dumps({**ended, "node": NODE}).encode())
+        gone.join(10)
+
+    def _watch(self, client: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        client.recv(1)
+        if process.poll() is None:
+            self.cancelled.set()
+            process.kill()
+
+    def stop(self) -> None:
+        self._listener.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    made = Agent(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def chain(tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> BaseDelegate:
+    """Return a chain as in a job: a process that may ask the agent, and the sandbox."""
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    step = tmp_path / "step"
+    step.write_text(
+        f"#!{sys.executable} -I\n"
+        f"import sys; sys.path.insert(0, {str(SRC)!r})\n"
+        "import functools, agent.call\n"
+        f"agent.call.call = functools.partial(agent.call.call, socket_path={str(agent.path)!r})\n"
+        "from delegate_function.hop import main\nmain()\n"
+    )
+    step.chmod(0o755)
+    return SubprocessDelegate(SandboxDelegate(seconds=7.5), delegate_executable_path=str(step))
+
+
+def test_a_call_runs_in_the_sandbox_as_a_child_of_its_first_process(
+    chain: BaseDelegate, agent: Agent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent, directory, environment = chain.invoke(Guest(), "where")
+    assert parent == agent.processes[0].pid
+    assert capsys.readouterr().out == "inside\n"
+    assert environment["SEALED"] == "yes"
+    assert not Path(directory).exists()
+    assert str(Path.cwd()) not in directory
+    (request,) = agent.requests
+    assert len(request.pop("id")) == 32
+    assert request == {"v": 1, "type": "call", "job": 42, "profile": "default", "seconds": 7.5, "memory_mb": None}
+
+
+def test_the_agents_word_on_usage_and_node_is_known_after_a_call(chain: BaseDelegate) -> None:
+    chain.invoke(TestClass(), "set_value", 1)
+    call = chain.last_call
+    assert call is not None
+    assert (call.usage, call.node, call.container) == (USAGE, NODE, "feed")
+    assert call.where == f"hop 2 of 2 (sandbox on {os.uname().nodename})"
+
+
+def test_each_call_has_a_sandbox_of_its_own(chain: BaseDelegate, agent: Agent) -> None:
+    pids = {chain.invoke(Guest(), "where")[0] for _ in range(3)}
+    assert len(pids) == 3
+    assert len({request["id"] for request in agent.requests}) == 3
+
+
+def test_a_crash_is_told_with_what_the_agent_knows(chain: BaseDelegate) -> None:
+    with pytest.raises(ProcessDied, match=r"hop 2 of 2 \(sandbox on .*SIGSEGV") as raised:
+        chain.invoke(Guest(), "die", signal.SIGSEGV)
+    assert raised.value.details["usage"] == USAGE
+    assert raised.value.details["exit_status"] == -signal.SIGSEGV
+
+
+def test_a_limit_that_the_agent_saw_hit_is_named(chain: BaseDelegate, agent: Agent) -> None:
+    agent.behave = lambda client, descriptors: agent.run(client, descriptors, reason="memory")
+    with pytest.raises(LimitExceeded, match="killed, memory limit of 64 MB") as raised:
+        chain.invoke(Guest(), "die", signal.SIGKILL)
+    assert raised.value.details["limit"] == "memory"
+
+
+def test_output_is_counted_outside_and_ends_the_call(
+    chain: BaseDelegate, agent: Agent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(LimitExceeded, match="output limit of 1 MB"):
+        chain.invoke(Guest(), "flood")
+    assert len(capsys.readouterr().out) <= 1024**2 + 256 * 1024
+    assert agent.cancelled.wait(2)
+
+
+def test_a_call_cannot_speak_for_the_agent(chain: BaseDelegate) -> None:
+    with pytest.raises(HopFailed, match="does not belong there"):
+        chain.invoke(Guest(), "forge")
+
+
+def test_a_refusal_comes_with_its_reason(chain: BaseDelegate, agent: Agent) -> None:
+    refusal = {"type": "refused", "code": "job", "message": "job 42 is not yours"}
+    agent.behave = lambda client, _: client.send(json.dumps(refusal).encode()) and None
+    with pytest.raises(SandboxRefused, match="job 42 is not yours") as raised:
+        chain.invoke(TestClass(), "hello")
+    assert raised.value.details["reason"] == "job"
+
+
+def test_an_agent_that_goes_away_is_told(chain: BaseDelegate, agent: Agent) -> None:
+    agent.behave = lambda client, _: client.send(json.dumps(STARTED).encode()) and None
+    with pytest.raises(HopFailed, match="agent went away"):
+        chain.invoke(TestClass(), "hello")
+    agent.stop()
+    with pytest.raises(HopFailed, match="agent cannot be asked"):
+        chain.invoke(TestClass(), "hello")
+
+
+def test_a_killed_job_step_takes_the_sandbox_along(chain: BaseDelegate, agent: Agent) -> None:
+    def kill_step() -> None:
+        agent.started.wait(10)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                is_step = str(agent.path.parent / "step").encode() in path.read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if is_step:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+    threading.Thread(target=kill_step).start()
+    with pytest.raises(DelegateFunctionException, match="SIGKILL"):
+        chain.invoke(Guest(), "sleep")
+    assert agent.cancelled.wait(2)
+
+
+def test_outside_a_job_a_sandbox_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ConfigurationError, match="put SlurmDelegate before"):
+        SandboxDelegate().invoke(TestClass(), "hello")
+
+
+def test_the_sandboxs_first_process_ends_with_the_agent(agent: Agent) -> None:
+    process, connection = agent.start()
+    connection.close()
+    assert process.wait(2) == 1
