@@ -65,6 +65,8 @@ def run(
         raise CommandError(argv, None, "", f"cannot be started: {error.strerror}") from error
     if done.returncode:
         output = (done.stdout + b"\n" + done.stderr).decode(errors="replace")
+        if done.returncode in (126, 127) and output.strip().startswith("setpriv: failed to execute"):
+            raise CommandError(argv, done.returncode, "", f"cannot be started: {output.strip().rpartition(': ')[2]}")
         raise CommandError(argv, done.returncode, output, f"ended with status {done.returncode}")
     text: str = done.stdout.decode(errors="replace")
     return text

@@ -2,6 +2,7 @@
 
 import difflib
 import ipaddress
+import os
 import re
 import socket
 import subprocess
@@ -15,6 +16,8 @@ CLUSTER = "cfiddle"
 STACK = "slurm-stack"
 LABEL = f"cfiddle.cluster={CLUSTER}"
 STATE_DIR = Path("/var/lib/cfiddle-cluster")
+
+READ_TIMEOUT_S = 10
 
 SIMULATED_NETWORK = ipaddress.IPv4Network("172.31.240.0/24")
 SIMULATED_HEAD_ADDR = "172.31.240.1"
@@ -41,6 +44,9 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
 _REGISTRY_ACCOUNT = re.compile(r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9][a-z0-9._-]*")
 _REMEDY = "correct config.sh; its comments say what each setting means"
+
+# What a setting may be written with; whatever else the caller's environment has says nothing about the cluster.
+_KEPT = [f"{name}={os.environ[name]}" for name in ("HOME", "PATH", "USER") if name in os.environ]
 
 # Prints the settings, NUL-separated, and names that look like settings but are none (`?NAME`).
 _READ = r"""
@@ -176,14 +182,13 @@ def _read(path: Path) -> dict[str, str]:
     )
     if checked.returncode:
         raise ClusterError(f"config.sh cannot be read:\n{checked.stderr.strip()}", "correct the line it names")
-    done = subprocess.run(
-        ["env", "-i", "bash", "--noprofile", "--norc", "-c", _READ, "bash", path, " ".join(KNOBS)],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        timeout=30,
-    )
+    argv = ["env", "-i", *_KEPT, "bash", "--noprofile", "--norc", "-c", _READ, "bash", path, " ".join(KNOBS)]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=READ_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"config.sh does not end within {READ_TIMEOUT_S} s", "it must only set things") from error
     if done.returncode:
         raise ClusterError(f"config.sh cannot be read:\n{done.stderr.strip()}", "correct the line it names")
     words = done.stdout.split("\0")[:-1]

@@ -1,0 +1,31 @@
+"""Waits end: with the value, or at their deadline."""
+
+import time
+
+import pytest
+
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.wait import wait_until
+
+
+def test_value_is_returned_as_soon_as_it_is_true() -> None:
+    values = iter([None, "", 0, "there"])
+    assert wait_until(lambda: next(values), timeout_s=5, interval_s=0, what="it") == "there"
+
+
+def test_deadline_is_kept_and_names_what_was_waited_for() -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match="the engine to start") as caught:
+        wait_until(lambda: False, timeout_s=0.3, interval_s=0.01, what="the engine to start", remedy="look")
+    assert 0.3 <= time.monotonic() - began < 2
+    assert caught.value.remedy == "look"
+
+
+def test_predicate_is_asked_when_there_is_no_time_at_all() -> None:
+    assert wait_until(lambda: 1, timeout_s=0, what="it")
+
+
+def test_predicate_is_asked_once_more_at_the_deadline() -> None:
+    """A pause that passes the deadline does not hide what came true in it."""
+    began = time.monotonic()
+    assert wait_until(lambda: time.monotonic() - began > 0.15, timeout_s=0.1, interval_s=0.2, what="it")
