@@ -30,7 +30,7 @@ def folder(cluster: LiveCluster) -> Iterator[str]:
 def _log_in(page: Page, cluster: LiveCluster) -> None:
     page.goto(f"{userhost.address(cluster.config)}/lab")
     page.get_by_label("Password or token:").fill(cluster.state.secret("jupyter-token"))
-    page.get_by_role("button", name="Log in").click()
+    page.get_by_role("button", name="Log in", exact=True).click()
 
 
 def _saved(cluster: LiveCluster, path: str) -> Any:
@@ -64,7 +64,10 @@ def test_first_experiment_runs_to_its_end_in_a_browser_and_shows_the_plot(cluste
             code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"]]
             return notebook if all(cell["execution_count"] for cell in code) else None
 
-        notebook = wait_until(has_run, timeout_s=NOTEBOOK_TIMEOUT_S, what="every cell of the notebook has run")
+        try:
+            notebook = wait_until(has_run, timeout_s=NOTEBOOK_TIMEOUT_S, what="every cell of the notebook has run")
+        finally:
+            _keep(page, SCREENSHOT)
         assert any("image/png" in output.get("data", {}) for output in _outputs(notebook))
 
         plot = page.locator(".jp-OutputArea img").last
@@ -110,7 +113,7 @@ def test_login_page_refuses_a_wrong_token(cluster: LiveCluster) -> None:
     with browser.page() as page:
         page.goto(f"{userhost.address(cluster.config)}/lab")
         page.get_by_label("Password or token:").fill("0" * 64)
-        page.get_by_role("button", name="Log in").click()
+        page.get_by_role("button", name="Log in", exact=True).click()
         expect(page.get_by_text("Invalid credentials")).to_be_visible()
         page.goto(f"{userhost.address(cluster.config)}/lab")
         expect(page.get_by_label("Password or token:")).to_be_visible()

@@ -8,7 +8,7 @@ c.ServerApp.port = 8888
 c.ServerApp.port_retries = 0
 c.ServerApp.open_browser = False
 c.ServerApp.quit_button = False
+# The token is the cluster's secret; a password set by one who has it would outlive it in the home.
+c.PasswordIdentityProvider.allow_password_change = False
 c.FileContentsManager.delete_to_trash = False
-c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 c.LabApp.extension_manager = "readonly"
-c.LabApp.news_url = None
