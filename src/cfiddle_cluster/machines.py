@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -61,6 +62,11 @@ class Machine:
         except CommandError as error:
             if self.ssh and error.returncode == SSH_FAILED:
                 raise self._unreachable(error) from error
+            if self.sudo and "sudo: a password is required" in error.output:
+                raise ClusterError(
+                    f"{self.ssh[-1]} cannot become root on {self.addr} without a password",
+                    "let sudo ask that user for none there, or set SSH_USER=root in config.sh",
+                ) from error
             raise
 
     def script(self, text: str, args: Sequence[str] = (), *, timeout_s: float) -> str:
@@ -98,7 +104,9 @@ class Machine:
         argv = self.argv([client, "--host", "unix:///var/run/docker.sock", "system", "dial-stdio"])
         # Standard input stays open until the answer is there: the engine takes its end for a client that went away.
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdin and process.stdout and process.stderr
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
             timer = threading.Timer(timeout_s, process.kill)
             timer.start()
             try:
@@ -110,6 +118,8 @@ class Machine:
             except (OSError, http.client.HTTPException) as error:
                 late = not timer.is_alive()
                 process.kill()
+                with suppress(OSError):  # what could not be written is tried once more, in vain
+                    process.stdin.close()
                 said = f"no answer in {timeout_s:.0f} s" if late else process.stderr.read().decode(errors="replace")
                 failure = CommandError(argv, process.wait(), said, "got no answer from the engine")
                 raise (
@@ -124,11 +134,16 @@ class Machine:
     def _unreachable(self, error: CommandError) -> ClusterError:
         said = error.output.lower()
         user = self.ssh[-1]
-        if "host key verification failed" in said or "identification has changed" in said:
-            known = next((word.partition("=")[2] for word in self.ssh if word.startswith("UserKnownHostsFile=")), "")
+        known = next((word.partition("=")[2] for word in self.ssh if word.startswith("UserKnownHostsFile=")), "")
+        if "identification has changed" in said:
             return ClusterError(
-                f"{self.addr} shows another host key than the known one, or one that is not known yet:\n{error.output}",
+                f"{self.addr} shows another host key than the known one:\n{error.output}",
                 f"make sure that it is the right machine, then run: ssh-keygen -f {known} -R {self.addr}",
+            )
+        if "host key verification failed" in said:
+            return ClusterError(
+                f"the host key of {self.addr} is not known yet, and there is no terminal to ask on:\n{error.output}",
+                f"run this in a terminal once; or, on a network that you trust: ssh-keyscan {self.addr} >>{known}",
             )
         if "permission denied" in said:
             return ClusterError(
