@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, str]:
     )
     if checked.returncode:
         raise ClusterError(f"config.sh cannot be read:\n{checked.stderr.strip()}", "correct the line it names")
-    argv = ["env", "-i", *_KEPT, "bash", "--noprofile", "--norc", "-c", _READ, "bash", path, " ".join(KNOBS)]
+    argv = ["env", "-i", *_KEPT, "bash", "--noprofile", "--norc", "-c", _READ, "bash", str(path), " ".join(KNOBS)]
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=READ_TIMEOUT_S
