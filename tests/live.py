@@ -1,6 +1,7 @@
 """The live cluster, as tests see it: commands as a user, looks into containers and machines, waits with a deadline."""
 
 import functools
+import itertools
 import json
 import os
 import queue
@@ -384,7 +385,9 @@ class LiveCluster:
         """Wait until the job runs."""
 
         def runs() -> bool:
-            return self.slurm(f"squeue -h -j {job_id} -o %T 2>/dev/null || true").strip() == "RUNNING"
+            state = self.slurm(f"squeue -h -j {job_id} -o %T 2>/dev/null || true").strip()
+            assert state, f"job {job_id} is in the queue no longer: {self.job(job_id)}"
+            return state == "RUNNING"
 
         wait_until(runs, timeout_s=timeout_s, what=f"job {job_id} runs")
 
@@ -443,13 +446,14 @@ class LiveCluster:
         yield from lines("tasks that do not run", tasks, 8)
         yield from lines("nodes", lambda: self.slurm("sinfo -N -o '%N %P %T %E'", timeout_s=15), 6)
         yield from lines("queue", lambda: self.slurm("squeue -a -o '%i %u %T %R'", timeout_s=15), 6)
-        for service in ("slurmctld", "slurmd", "agent", "userhost"):
-            argv = ["service", "logs", "--tail", "6", f"slurm-stack_{service}"]
-            yield from lines(f"{service} said last", functools.partial(_output_of, argv), 6)
+        for service in ("slurmctld", "userhost"):
+            yield from lines(f"{service} said last", functools.partial(self._said_last, service, None), 4)
+        for service, worker in itertools.product(("slurmd", "agent"), self.workers):
+            yield from lines(f"{service} of {worker} said last", functools.partial(self._said_last, service, worker), 4)
 
-
-def _output_of(argv: list[str]) -> str:
-    return docker(*argv, timeout_s=20).output
+    def _said_last(self, service: str, worker: str | None) -> str:
+        argv = ["logs", "--tail", "4", self.container(service, worker)]
+        return (docker(*argv) if worker is None else self.on_worker(worker, ["docker", *argv])).output
 
 
 def job_name() -> str:
