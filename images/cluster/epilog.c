@@ -1,4 +1,4 @@
-// Slurm's Epilog on a worker: takes the job's grant away (grant.c gave it) and ends what the job left running. If that was
+// Slurm's Epilog on a worker: takes the job's grant away (step.c gave it) and ends what the job left running. If that was
 // the user's last job here, everything of the user goes: processes, and what lies in shared memory and in the directories
 // that anyone may write to.
 //
