@@ -70,7 +70,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     try:
         server.run()
     finally:
-        sandboxes.destroy_all()
+        server.close()
         logging.shutdown()
         os._exit(0)
 

@@ -56,6 +56,10 @@ class Engine:
         """Return a container's state and configuration."""
         return dict(self._request("GET", f"/containers/{container}/json"))
 
+    def wait(self, container: str) -> int:
+        """Wait for a container's end and return its first process's status."""
+        return int(self._request("POST", f"/containers/{container}/wait")["StatusCode"])
+
     def kill(self, container: str) -> None:
         """Kill all processes of a container; one that does not run is as it should be."""
         self._request("POST", f"/containers/{container}/kill", accept=(404, 409))

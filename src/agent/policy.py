@@ -41,6 +41,10 @@ class Limits:
     tmpfs_files: int
     output_mb: int
 
+    def cpus_in(self, job_cpus: str) -> str:
+        """Return the CPUs of a sandbox in a job that has these; "" for all."""
+        return job_cpus if self.cpus == JOBS_CPUS else self.cpus
+
     def lowered(self, seconds: float | None, memory_mb: int | None) -> Limits:
         """Return these limits, lower where the request asks for less; never higher."""
         return replace(
@@ -83,13 +87,14 @@ MIN_MEMORY_MB = _RANGES["memory_mb"][0]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values only, and each key once."""
+    """YAML's plain values only, and each key once (one that a merge brings may be said anew)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise PolicyError(f"{key!r} stands twice at line {node.value[number][0].start_mark.line + 1}")
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        values = [self.construct_object(key) for key in keys]
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise PolicyError(f"{value!r} stands twice, again in line {keys[number].start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from agent import seccomp, usage, wire
 from agent.engine import Engine, EngineError
-from agent.policy import JOBS_CPUS, Limits, Profile
+from agent.policy import Limits, Profile
 
 UID = 65533
 LABEL = "cfiddle.sandbox"
@@ -229,7 +229,7 @@ class Sandboxes:
 
         Args:
             identifier: names it; 32 hexadecimal digits, never used before.
-            cpus: those of the job.
+            cpus: as in "0-3,8"; "" for all.
 
         Raises:
             EngineError: the engine does not make it.
@@ -247,7 +247,7 @@ class Sandboxes:
             wanted = configuration(
                 profile=profile,
                 limits=limits,
-                cpus=cpus if limits.cpus == JOBS_CPUS else limits.cpus,
+                cpus=cpus,
                 socket_directory=f"{self._host_directory}/{identifier}",
                 labels=labels,
                 cgroup_parent=self._cgroup_parent,
@@ -285,9 +285,10 @@ class Sandboxes:
             except (EOFError, OSError):
                 return
 
-    def state(self, sandbox: Sandbox) -> dict[str, Any]:
-        """Return the engine's word on a sandbox that ended by itself."""
-        return dict(self._engine.inspect(sandbox.container)["State"])
+    def autopsy(self, sandbox: Sandbox) -> tuple[int, bool]:
+        """Return the status of a sandbox's first process, which ended by itself, and whether memory was the reason."""
+        status = self._engine.wait(sandbox.container)
+        return status, bool(self._engine.inspect(sandbox.container)["State"]["OOMKilled"])
 
     def sweep(self) -> int:
         """Remove every sandbox that nobody here holds; return how many there were.

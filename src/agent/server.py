@@ -48,6 +48,7 @@ class Server:
         self._policy = policy
         self._grants = grants
         self._sandboxes = sandboxes
+        self._closing = False
         self._lock = threading.Lock()
         self._connections: Counter[int] = Counter()
         self._calls: Counter[int] = Counter()
@@ -68,6 +69,12 @@ class Server:
                     continue
                 self._connections[uid] += 1
             threading.Thread(target=self._serve, args=(connection, uid), daemon=True).start()
+
+    def close(self) -> None:
+        """End all calls and remove their sandboxes."""
+        self._closing = True
+        self._listener.close()
+        self._sandboxes.destroy_all()
 
     def _serve(self, connection: socket.socket, uid: int) -> None:
         connection.settimeout(_REQUEST_S)
@@ -108,7 +115,7 @@ class Server:
         profile = self._profile(request)
         check_descriptors(descriptors)
         with self._slot(uid):
-            cpus = grant.cpus
+            cpus = profile.limits.cpus_in(grant.cpus)
             fingerprint = node.fingerprint(cpus=cpus, image=self._sandboxes.image_id(profile))
             sandbox = self._sandboxes.make(
                 request.id,
@@ -201,11 +208,12 @@ class Server:
         try:
             status = sandbox.is_over()
         except EOFError:
-            state = self._sandboxes.state(sandbox)
-            if state.get("OOMKilled"):
+            if self._closing:
+                return Ending("cancelled", None, "the agent was told to end", Reading())
+            status, out_of_memory = self._sandboxes.autopsy(sandbox)
+            if out_of_memory:
                 return Ending("memory", None, f"memory limit of {limits.memory_mb} MB", Reading())
-            text = f"the sandbox's first process ended with status {state.get('ExitCode')}"
-            return Ending("error", None, text, Reading())
+            return Ending("error", None, f"the sandbox's first process ended with status {status}", Reading())
         except SandboxError as error:
             return self._end(sandbox, "error", str(error))
         reading = sandbox.cgroup.read()
