@@ -161,7 +161,7 @@ def _machines() -> list[dict[str, str]]:
                     "address": "",
                     "engine": "",
                 }
-    return list(found.values())
+    return sorted(found.values(), key=lambda machine: ("head" not in machine["role"], machine["name"]))
 
 
 def _services() -> list[dict[str, Any]]:

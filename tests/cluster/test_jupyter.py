@@ -24,6 +24,9 @@ def folder(cluster: LiveCluster) -> Iterator[str]:
     name = f"test-{uuid.uuid4().hex[:8]}"
     cluster.user(f"mkdir ~/{name} && cp /etc/skel/notebooks/first-experiment.ipynb ~/{name}/").ok()
     yield name
+    for session in json.loads(_ask(cluster, "/api/sessions")):
+        if session["path"].startswith(name):
+            _ask(cluster, f"/api/sessions/{session['id']}", "DELETE")
     cluster.user(f"rm -rf ~/{name}").ok()
 
 
@@ -33,13 +36,11 @@ def _log_in(page: Page, cluster: LiveCluster) -> None:
     page.get_by_role("button", name="Log in", exact=True).click()
 
 
-def _saved(cluster: LiveCluster, path: str) -> Any:
-    request = urllib.request.Request(
-        f"{userhost.address(cluster.config)}/api/contents/{path}",
-        headers={"Authorization": f"token {cluster.state.secret('jupyter-token')}"},
-    )
+def _ask(cluster: LiveCluster, path: str, method: str = "GET") -> bytes:
+    address, token = userhost.address(cluster.config), cluster.state.secret("jupyter-token")
+    request = urllib.request.Request(address + path, headers={"Authorization": f"token {token}"}, method=method)
     with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)["content"]
+        return bytes(answer.read())
 
 
 def _outputs(notebook: Any) -> list[Any]:
@@ -50,7 +51,7 @@ def test_first_experiment_runs_to_its_end_in_a_browser_and_shows_the_plot(cluste
     with browser.page() as page:
         page.set_default_timeout(60_000 * PATIENCE)
         _log_in(page, cluster)
-        page.goto(f"{userhost.address(cluster.config)}/lab/tree/{folder}/first-experiment.ipynb")
+        page.goto(f"{userhost.address(cluster.config)}/lab/tree/{folder}/first-experiment.ipynb?reset")
         expect(page.locator(".jp-Notebook-cell").first).to_be_visible(timeout=60_000 * PATIENCE)
         page.get_by_text("Run", exact=True).first.click()
         page.get_by_text("Run All Cells", exact=True).click()
@@ -58,7 +59,7 @@ def test_first_experiment_runs_to_its_end_in_a_browser_and_shows_the_plot(cluste
         def has_run() -> Any:
             page.keyboard.press("Control+s")
             page.wait_for_timeout(1000)
-            notebook = _saved(cluster, f"{folder}/first-experiment.ipynb")
+            notebook = json.loads(_ask(cluster, f"/api/contents/{folder}/first-experiment.ipynb"))["content"]
             errors = [output for output in _outputs(notebook) if output["output_type"] == "error"]
             assert not errors, "\n".join(errors[0]["traceback"])
             code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"]]
@@ -97,7 +98,7 @@ def test_terminal_is_jovyan_s_and_has_slurm(cluster: LiveCluster, folder: str) -
         page.locator('.jp-LauncherCard[title="Start a new terminal session"]').click()
         page.locator(".xterm-helper-textarea").wait_for(state="attached")
         page.locator(".jp-Terminal").click()
-        page.keyboard.type(f"(id; umask; sinfo; echo end) >~/{folder}/said 2>&1")
+        page.keyboard.type(f"(id; umask; sinfo; echo end) >~/{folder}/said 2>&1; exit")
         page.keyboard.press("Enter")
         said = wait_until(
             lambda: (text := cluster.user(f"cat ~/{folder}/said").stdout) and text.endswith("end\n") and text,
