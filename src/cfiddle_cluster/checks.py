@@ -1,7 +1,8 @@
-"""What can be said of the checkout without a cluster: style, types, shell scripts, the stack file, notebooks; and the tests."""
+"""What can be said of the checkout without a cluster: style, types, scripts, stack file, notebooks; and the tests."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cfiddle_cluster.config import Config
 
 SOURCES = ("src", "tests", "benchmarks", "tasks.py", "test_cfiddle.py")
 
-# docs.docker.com/engine/reference/commandline/stack_deploy: what it ignores without a word that anybody reads, or rejects.
-IGNORED_BY_STACKS = ["build", "cgroup_parent", "container_name", "cpuset", "depends_on", "devices", "external_links", "ipc", "links", "mem_limit", "network_mode", "oom_score_adj", "pid", "privileged", "restart", "security_opt", "shm_size", "userns_mode"]
+# What `docker stack deploy` ignores with a warning or without one, and what it rejects:
+# https://github.com/docker/cli/blob/master/cli/compose/types/types.go, and depends_on, which a swarm has no notion of.
+IGNORED_BY_STACKS = (
+    "build cgroup_parent cgroupns_mode container_name cpu_quota cpu_shares cpuset depends_on devices domainname expose "
+    "extends external_links ipc links mac_address mem_limit memswap_limit network_mode pid privileged restart "
+    "security_opt shm_size userns_mode volume_driver volumes_from"
+).split()
+
+_SHELLS = ("#!/usr/bin/env bash", "#!/bin/bash", "#!/bin/sh", "#!/bin/dash")
 
 
 def main(config: Config) -> int:
@@ -31,7 +41,8 @@ def main(config: Config) -> int:
         "shfmt": [tool / "shfmt", "--diff", "--indent", "4", *scripts],
     }
     checks: dict[str, Callable[[], list[str]]] = {
-        "docker-compose.yml": lambda: stack_faults(yaml.safe_load((root / "docker-compose.yml").read_text())),
+        "docker-compose.yml": lambda: stack_faults(root),
+        "lock files": lambda: lock_faults(root),
         "notebooks": lambda: notebook_faults(root),
     }
     failed = 0
@@ -55,29 +66,82 @@ def shell_scripts(root: Path) -> list[Path]:
     return [path for path in _files(root) if path.suffix == ".sh" or _first_line(path) in _SHELLS]
 
 
-def stack_faults(stack: dict[str, Any]) -> list[str]:
+def stack_faults(root: Path) -> list[str]:
     """Return what is wrong with the stack file: options that a stack ignores, names that stand nowhere."""
-    faults = []
+    text = (root / "docker-compose.yml").read_text()
+    try:
+        stack = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        return [str(error)]
+    faults = [
+        f"no image {name.lower()}: images/{name.lower()}/Dockerfile is missing"
+        for name in sorted(set(re.findall(r"\$\{IMAGE_([A-Z_]+)\}", text)))
+        if not (root / "images" / name.lower() / "Dockerfile").is_file()
+    ]
     for name, service in stack["services"].items():
-        faults += [
-            f"{name}: `docker stack deploy` ignores {option}" for option in IGNORED_BY_STACKS if option in service
-        ]
-        deploy = service.get("deploy", {})
-        if deploy.get("endpoint_mode") != "dnsrr":
-            faults.append(f"{name}: endpoint_mode must be dnsrr, for kernels without IPVS")
-        faults += [
-            f"{name}: port {port['target']} must be published in host mode"
-            for port in service.get("ports", [])
-            if port.get("mode") != "host"
-        ]
-        for kind in ("secrets", "configs", "networks"):
-            used = [item["source"] if isinstance(item, dict) else item for item in service.get(kind, [])]
-            faults += [f"{name}: no {kind[:-1]} {item}" for item in used if item not in stack.get(kind, {})]
-        for volume in service.get("volumes", []):
-            source = volume.get("source", "") if isinstance(volume, dict) else volume.partition(":")[0]
-            if source and not source.startswith("/") and source not in stack["volumes"]:
-                faults.append(f"{name}: no volume {source}")
+        faults += [f"{name}: {fault}" for fault in _service_faults(service, stack)]
+    for kind in ("networks", "volumes", "secrets", "configs"):
+        used = {item for service in stack["services"].values() for item in _named(service, kind)}
+        faults += [f"no service uses {kind[:-1]} {item}" for item in stack.get(kind, {}) if item not in used]
     return faults
+
+
+def _service_faults(service: dict[str, Any], stack: dict[str, Any]) -> Iterator[str]:
+    for option in IGNORED_BY_STACKS:
+        if option in service:
+            yield f"`docker stack deploy` ignores {option}"
+    if "image" not in service:
+        yield "it has no image"
+    if service.get("deploy", {}).get("endpoint_mode") != "dnsrr":
+        yield "endpoint_mode must be dnsrr, for kernels without IPVS"
+    for port in service.get("ports", []):
+        if not isinstance(port, dict) or port.get("mode") != "host":
+            yield f"port {port['target'] if isinstance(port, dict) else port} must be published in host mode"
+    for kind in ("networks", "volumes", "secrets", "configs"):
+        for item in _named(service, kind):
+            if item not in stack.get(kind, {}):
+                yield f"there is no {kind[:-1]} {item}"
+
+
+def _named(service: dict[str, Any], kind: str) -> list[str]:
+    """Return the names of networks, volumes, secrets or configs that a service uses; no directories of the machine."""
+    items = service.get(kind, [])
+    names = [item.get("source", "") if isinstance(item, dict) else item for item in items]
+    if kind == "volumes":
+        names = [name.partition(":")[0] for name in names]
+    return [name for name in names if name and not name.startswith("/")]
+
+
+def lock_faults(root: Path) -> list[str]:
+    """Return where lock files do not fit what they are made from, or pin something without a hash."""
+    faults = []
+    pinned = {}
+    for lock in sorted((root / "requirements").glob("*.lock")):
+        text = lock.read_text()
+        entries = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+        versions = pinned[lock.stem] = {canonicalize_name(name): version for name, version, _ in entries}
+        faults += [f"{lock.name}: {name} has no hash" for name, _, rest in entries if "--hash=sha256:" not in rest]
+        if "://" in text:
+            faults.append(f"{lock.name}: names an index; where packages come from is each machine's own affair")
+        for requirement in _requirements(lock.with_suffix(".in")):
+            version = versions.get(canonicalize_name(requirement.name), "")
+            if not version:
+                faults.append(f"{lock.name}: lacks {requirement.name}, which {lock.stem}.in names")
+            elif not requirement.specifier.contains(version, prereleases=True):
+                faults.append(f"{lock.name}: has {requirement.name} {version}, and {lock.stem}.in wants {requirement}")
+    # What a notebook pickles, a sandbox opens.
+    user, sandbox = pinned.get("user", {}), pinned.get("sandbox", {})
+    faults += [
+        f"sandbox.lock has {name} {version}, and user.lock {user.get(name, 'has none')}"
+        for name, version in sandbox.items()
+        if user.get(name) != version
+    ]
+    return faults
+
+
+def _requirements(path: Path) -> list[Requirement]:
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
 
 
 def notebook_faults(root: Path) -> list[str]:
@@ -88,9 +152,6 @@ def notebook_faults(root: Path) -> list[str]:
         for number, cell in enumerate(json.loads(path.read_text())["cells"], start=1)
         if cell.get("outputs") or cell.get("execution_count")
     ]
-
-
-_SHELLS = ("#!/usr/bin/env bash", "#!/bin/bash", "#!/bin/sh", "#!/bin/dash")
 
 
 def _files(root: Path) -> Iterator[Path]:
