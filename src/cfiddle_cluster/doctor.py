@@ -174,7 +174,9 @@ def _targets(config: Config, *, is_running: bool) -> list[str]:
 
 def _silent(silent: Silent) -> Finding:
     machine = silent.machine
-    said = " ".join(silent.error.message.split())
+    # What we say of it, and ssh's last line; those before it are a banner.
+    lines = silent.error.message.strip().splitlines()
+    said = " ".join(dict.fromkeys(line.strip() for line in (lines[0], lines[-1])))
     mend = " ".join(silent.error.remedy.split())
     if machine.simulated:
         mend = f"./invoke up starts it; docker logs cfiddle-machine-{machine.name} shows what it says"

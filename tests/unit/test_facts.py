@@ -1,0 +1,112 @@
+"""Facts about machines: what probe.sh prints of this one, and what is read from such lines."""
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from cfiddle_cluster import facts
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.facts import Facts, Silent, gather, parse
+from cfiddle_cluster.machines import Machine
+
+HERE = Machine(name="here", addr="127.0.0.1", roles=frozenset({"head"}))
+
+PRINTED = """\
+began 100.5
+name c1
+kernel 6.1.0
+disk-docker 5000
+MemTotal 2000
+listen tcp 2377 dockerd
+listen udp 4789 kernel
+listen tcp 80 a program
+reach-10.0.0.1:5000 yes
+reach-10.0.0.2:2049 no
+trust 10.0.0.1:5000 abc
+sandbox 0123 17
+sandbox 4567
+pmu cpu
+info {"ServerVersion":"26.1.5","LiveRestoreEnabled":false}
+nfs-client yes
+paranoid -1
+governor
+ended 101.5
+"""
+
+
+def test_every_kind_of_line_is_read() -> None:
+    found = parse(HERE, PRINTED, sent=100.0, received=102.0)
+    assert found.name == "c1"
+    assert found.listeners == {("tcp", 2377): "dockerd", ("udp", 4789): "kernel", ("tcp", 80): "a program"}
+    assert found.reached == {"10.0.0.1:5000": True, "10.0.0.2:2049": False}
+    assert found.trusted == {"10.0.0.1:5000": "abc"}
+    assert found.sandboxes == {"0123": "17", "4567": ""}
+    assert found.pmu == ["cpu"]
+    assert found.engine
+    assert found.engine["ServerVersion"] == "26.1.5"
+    assert found.is_yes("nfs-client")
+    assert not found.is_yes("nfs-server")
+    assert (found.number("disk-docker"), found.number("paranoid"), found.number("governor")) == (5000, -1, None)
+    assert found.number("no such") is None
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "offset_s", "error_s"),
+    [
+        (100.5, 101.5, 0.0, 0.5),
+        (160.5, 161.5, 60.0, 0.5),
+        (39.5, 42.5, -60.0, -0.5 + 1.0),
+    ],
+)
+def test_clock_is_told_with_its_error(began: float, ended: float, offset_s: float, error_s: float) -> None:
+    found = parse(HERE, f"began {began}\nended {ended}\n", sent=100.0, received=102.0)
+    assert found.offset_s == pytest.approx(offset_s)
+    assert found.offset_error_s == pytest.approx(error_s)
+
+
+def test_machine_without_an_engine_and_one_whose_engine_is_stopped() -> None:
+    assert not parse(HERE, "engine absent\n", sent=0, received=0).is_engine_installed
+    stopped = parse(HERE, "engine stopped\n", sent=0, received=0)
+    assert stopped.is_engine_installed
+    assert stopped.engine is None
+
+
+def test_this_machine_is_probed(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        port, closed = server.getsockname()[1], other.getsockname()[1]
+        other.close()
+        (found,) = gather(
+            [HERE],
+            home_root=tmp_path / "not/yet/there",
+            ports=[port, closed],
+            targets=[f"127.0.0.1:{port}", f"127.0.0.1:{closed}"],
+        )
+    assert isinstance(found, Facts)
+    assert found.name == socket.gethostname().partition(".")[0]
+    assert list(found.listeners) == [("tcp", port)]
+    assert found.listeners["tcp", port].startswith("py")
+    assert found.reached == {f"127.0.0.1:{port}": True, f"127.0.0.1:{closed}": False}
+    assert found.values["cgroup"] in ("1", "2")
+    for name in ("disk-docker", "disk-home", "disk-state", "MemTotal", "MemAvailable"):
+        assert (found.number(name) or 0) > 0, name
+    assert abs(found.offset_s) <= found.offset_error_s + 0.01
+
+
+def test_all_are_asked_at_once_and_one_that_fails_does_not_spoil_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(machine: Machine, text: str, args: list[str], *, timeout_s: float) -> str:
+        assert text == facts.PROBE.read_text()
+        assert args == ["/home", "1 2", "a:1 b:2"]
+        time.sleep(0.2)
+        if machine.name == "c2":
+            raise ClusterError("c2 is not there")
+        return f"name {machine.name}\n"
+
+    monkeypatch.setattr(Machine, "script", script)
+    machines = [Machine(name=f"c{n}", addr=f"10.0.0.{n}", roles=frozenset({"worker"})) for n in range(1, 9)]
+    began = time.monotonic()
+    found = gather(machines, home_root=Path("/home"), ports=[1, 2], targets=["a:1", "b:2"])
+    assert time.monotonic() - began < 1
+    assert [answer.machine.name for answer in found] == [machine.name for machine in machines]
+    assert [isinstance(answer, Silent) for answer in found] == [machine.name == "c2" for machine in machines]
