@@ -90,23 +90,23 @@ class Cluster:
             self.state.ensure(self.config.head_addr)
             packages.ensure_engine(self.config, self.state)
 
-        def images_() -> None:
-            images.build(self.config, report.note)
-
-        def registry_() -> None:
-            registry.ensure_registry(self.config, self.state, self._machines(), self._built("registry"))
-
+        built: dict[str, str] = {}
         references: dict[str, str] = {}
 
+        def images_() -> None:
+            built.update(images.build(self.config, report.note))
+
+        def registry_() -> None:
+            registry.ensure_registry(self.config, self.state, self._machines(), built["registry"])
+
         def distribution_() -> None:
-            built = images.built(self.config)
             references.update(distribution.distribute(self.config, self.state, self._machines(), built, report.note))
 
         steps: dict[str, tuple[str, Callable[[], object]]] = {
             "engine": ("packages, Docker Engine, secrets", engine_),
             "images": ("images", images_),
             "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
-            "machines": ("machines", self._ensure_machines),
+            "machines": ("machines", lambda: self._ensure_machines(built["machine"])),
             "swarm": ("swarm", self._ensure_swarm),
             "labels": ("labels", lambda: swarm.ensure_labels(self._head, self._machines())),
             "registry": ("registry", registry_),
@@ -153,10 +153,10 @@ class Cluster:
         remote = [addr for addr in self.config.worker_addrs if addr != self.config.head_addr]
         return [machines.real_worker(self.config, self.state, addr) for addr in remote]
 
-    def _ensure_machines(self) -> None:
+    def _ensure_machines(self, image: str) -> None:
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
-            simulated.ensure_machines(self.config, self.state, names, self._built("machine"))
+            simulated.ensure_machines(self.config, self.state, names, image)
         else:
             script = (self.config.root / "install_docker.sh").read_text()
             timeout_s = packages.INSTALL_TIMEOUT_S
@@ -165,9 +165,6 @@ class Cluster:
     def _ensure_swarm(self) -> None:
         swarm.ensure_swarm(self.config, self.state)
         swarm.ensure_joined(self.config, self.state, self._machines())
-
-    def _built(self, name: str) -> str:
-        return images.reference(self.config, name)
 
     # --- more or fewer workers ---------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ with the outer engine, and are the same members of the swarm when they do.
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -30,9 +31,14 @@ START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 20
 AUTHORIZED_KEYS = "/etc/ssh/authorized_keys"
 
-# include/uapi/linux/capability.h, in the order of their numbers. The three newest are left out: engines before 20.10.8 do
-# not know them, and a simulated machine needs none of them.
-_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ"]
+# include/uapi/linux/capability.h, in the order of their numbers. The three newest are left out: older engines do not
+# know them, and a simulated machine needs none of them.
+_CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
+    "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
+    "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
+    "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ"
+).split()
 _LABELS = {"cfiddle.cluster": CLUSTER}
 
 
@@ -96,13 +102,20 @@ def remove_machine(name: str) -> None:
 def remove_all(*, purge: bool) -> None:
     """Take all machines and their network away; what their engines hold, images above all, stays unless purged."""
     client = engine.client()
-    for container in _containers():
-        container.remove(force=True)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(_release, _containers()))
     for network in client.networks.list(names=[f"^{NETWORK}$"]):
         network.remove()
     if purge:
         for volume in client.volumes.list(filters={"label": "cfiddle.machine"}):
             volume.remove()
+
+
+def _release(container: Container) -> None:
+    if container.status == "running":
+        # An engine that remembers a swarm which is no more waits 20 s for it when it starts.
+        container.exec_run(["timeout", "20", "docker", "swarm", "leave", "--force"])
+    container.remove(force=True)
 
 
 def cpu_sets(machines: int, cpus: list[int]) -> list[str]:
