@@ -145,7 +145,7 @@ def url(cluster):
     print(userhost.url(cluster.config, cluster.state))
 
 
-@cluster_task(name="logs", positional=["service"])
+@cluster_task(name="logs", help={"service": "one of those that `./invoke status` names; all if left out"})
 def logs_(cluster, service=""):
     """Print the logs of a service, or of all."""
     logs.show(service)
