@@ -1,162 +1,166 @@
-"""The doctor: what it makes of facts, each fault with its mend, and its exit status."""
+"""What the doctor makes of facts: what is well, what is good to know, what must be mended and how."""
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cfiddle_cluster import doctor
-from cfiddle_cluster.config import Config, from_settings
+from cfiddle_cluster import doctor, homes
+from cfiddle_cluster.config import Config
 from cfiddle_cluster.doctor import MEND, NOTE, OK, Finding
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.facts import Facts, Silent
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.state import State
+from samples import config, machine
 
+REGISTRY = "10.0.0.1:5000"
 INFO = {
     "ServerVersion": "26.1.5",
     "Driver": "overlay2",
-    "Images": 9,
     "SecurityOptions": ["name=seccomp,profile=default"],
+    "Images": 9,
 }
 VALUES = {
     "kernel": "6.1.0",
     "cgroup": "2",
     "controllers": "cpuset cpu io memory pids",
+    "MemTotal": "16000",
+    "MemAvailable": "8000",
+    "SwapTotal": "0",
+    "disk-docker": "50000",
+    "disk-home": "50000",
+    "disk-state": "50000",
     "namespaces": "yes",
     "overlay": "yes",
     "link-veth": "yes",
     "link-vxlan": "yes",
     "link-bridge": "yes",
-    "disk-docker": "50000",
-    "disk-home": "50000",
-    "disk-state": "50000",
-    "MemTotal": "8000",
-    "MemAvailable": "6000",
-    "SwapTotal": "0",
-    "nfs-server": "yes",
-    "nfs-client": "yes",
     "apt-get": "yes",
     "paranoid": "2",
     "governor": "performance",
-}
-SETTINGS = {
-    "HEAD_ADDR": "10.0.0.1",
-    "LOCAL_WORKERS": "2",
-    "LOCAL_WORKER_CPUS": "0",
-    "LOCAL_WORKER_MEMORY_MB": "0",
-    "HOME_ROOT": "/srv/homes",
-    "JUPYTER_PORT": "8888",
-    "REGISTRY_PORT": "5000",
+    "smt": "0",
 }
 
 
-def _machine(name: str, role: str, *, simulated: bool = False) -> Machine:
-    number = {"head": 1, "c1": 11, "c2": 12}.get(name, 99)
-    return Machine(name=name, addr=f"10.0.0.{number}", roles=frozenset({role}), simulated=simulated)
+def well(of: Machine, **changes: Any) -> Facts:
+    """Return the facts of a machine that nothing is wrong with, with some changed; `values` are added to its own."""
+    values = {**VALUES, "name": of.name, **changes.pop("values", {})}
+    return replace(Facts(machine=of, values=values, engine=INFO, is_engine_installed=True, pmu=["cpu"]), **changes)
 
 
-def _fact(name: str = "c1", role: str = "worker", *, simulated: bool = False, **changes: Any) -> Facts:
-    values = VALUES | {"name": name} | changes.pop("values", {})
-    known: dict[str, Any] = {"pmu": ["cpu"], "engine": INFO, "is_engine_installed": True} | changes
-    values = {key: value for key, value in values.items() if value is not None}
-    return Facts(machine=_machine(name, role, simulated=simulated), values=values, **known)
+HEAD, C1, C2 = machine("head", "head"), machine("c1"), machine("c2")
 
 
-Examine = Callable[..., list[Finding]]
+class Patient:
+    """A cluster as the doctor meets it."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config: Config = config(tmp_path, WORKER_ADDRS="10.0.0.2 10.0.0.3", HOME_STORAGE="nfs", HOME_SERVER="nas")
+        self.state = State(tmp_path / "state")
+        self.state.directory.mkdir()
+        self.answers: list[Facts | Silent] = [well(found, values={"nfs-client": "yes"}) for found in (HEAD, C1, C2)]
+        self.ports_of_the_cluster: set[int] = set()
+        self.is_running = True
+        self.jobs: set[str] = set()
+        self.sandboxes_later: dict[str, set[str]] = {}
+        monkeypatch.setattr(doctor.packages, "ensure_root", lambda: None)
+        monkeypatch.setattr(doctor.machines, "short_hostname", lambda: "head")
+        monkeypatch.setattr(doctor.engine, "is_running", lambda: self.is_running)
+        monkeypatch.setattr(doctor.facts, "gather", lambda _machines, **_wanted: self.answers)
+        monkeypatch.setattr(doctor, "_ports_of_the_cluster", lambda: self.ports_of_the_cluster)
+        monkeypatch.setattr(doctor, "_has_registry", lambda: False)
+        monkeypatch.setattr(doctor, "_pythons", lambda *_args, **_kwargs: [])
+        monkeypatch.setattr(doctor, "_jobs", lambda: self.jobs)
+        monkeypatch.setattr(doctor, "_sandboxes", lambda found: self.sandboxes_later.get(found.name, set()))
+        monkeypatch.setattr(doctor, "STRAY_AFTER_S", 0.0)
+
+    def change(self, name: str, **changes: Any) -> None:
+        """Change facts of one machine."""
+        for place, answer in enumerate(self.answers):
+            if answer.machine.name == name and isinstance(answer, Facts):
+                values = {**answer.values, **changes.pop("values", {})}
+                self.answers[place] = replace(answer, values=values, **changes)
+
+    def findings(self, level: str) -> list[Finding]:
+        return [found for found in doctor.examine(self.config, self.state) if found.level == level]
+
+    def only(self, level: str) -> Finding:
+        found = self.findings(level)
+        assert len(found) == 1, found
+        return found[0]
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return from_settings(tmp_path, SETTINGS)
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Patient:
+    return Patient(tmp_path, monkeypatch)
 
 
-@pytest.fixture
-def examine(monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path) -> Examine:
-    """Return what lets the doctor look at made-up answers of machines, and returns its findings."""
-
-    def look(*answers: Facts | Silent, config: Config = config) -> list[Finding]:
-        monkeypatch.setattr(doctor.facts, "gather", lambda *_args, **_options: list(answers))
-        monkeypatch.setattr(doctor.engine, "is_running", lambda: False)
-        monkeypatch.setattr(doctor.machines, "head", lambda _config: _machine("head", "head"))
-        monkeypatch.setattr(doctor, "_ports_of_the_cluster", lambda: {8888})
-        monkeypatch.setattr(doctor.shutil, "which", lambda command: f"/usr/bin/{command}")
-        monkeypatch.setattr(doctor, "STRAY_AFTER_S", 0.1)
-        return doctor.examine(config, State(tmp_path / "state"))
-
-    return look
-
-
-def _said(findings: list[Finding], level: str) -> list[str]:
-    return [found.what for found in findings if found.level == level]
-
-
-def test_good_machines_have_nothing_to_mend(examine: Examine) -> None:
-    found = examine(_fact("head", "head"), _fact("c1"), _fact("c2"))
-    assert _said(found, MEND) == []
-    assert _said(found, NOTE) == []
-    assert {finding.machine for finding in found} == {"head", "c1", "c2"}
-    assert [finding.machine for finding in found] == sorted((f.machine for f in found), key=["head", "c1", "c2"].index)
-
-
-def test_nothing_is_left_behind_by_looking(examine: Examine, tmp_path: Path) -> None:
-    examine(_fact("head", "head"))
-    assert not (tmp_path / "state").exists()
+def test_nothing_is_found_where_nothing_is_wrong(patient: Patient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(patient.config, patient.state) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "nothing to mend"
+    assert all(line.startswith(("ok ", " ")) for line in lines[:-2])
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("who", "changes", "what", "mend"),
     [
-        ({"engine": INFO | {"LiveRestoreEnabled": True}}, "live-restore"),
-        ({"engine": INFO | {"SecurityOptions": ["name=userns"]}}, "userns-remap"),
-        ({"engine": INFO | {"SecurityOptions": ["name=rootless"]}}, "rootless"),
-        ({"engine": None, "is_engine_installed": False, "values": {"apt-get": None}}, "no Docker Engine, no apt-get"),
-        ({"values": {"overlay": "no"}}, "lacks overlay file systems"),
-        ({"values": {"link-vxlan": "no", "link-veth": "no"}}, "lacks veth pairs, VXLAN"),
-        ({"values": {"namespaces": "no"}}, "lacks namespaces"),
-        ({"values": {"controllers": "cpu io"}}, "without cpuset, memory, pids"),
-        ({"values": {"disk-docker": "100"}}, "100 MB of disk left for images"),
-        ({"values": {"MemAvailable": "100"}}, "100 MB of 8000 MB of memory left"),
-        ({"listeners": {("tcp", 7946): "consul"}}, "port 7946/tcp, which Swarm needs, is held by consul"),
-        ({"listeners": {("udp", 4789): "vpn"}}, "port 4789/udp, which Swarm needs, is held by vpn"),
+        ("c1", {"engine": INFO | {"LiveRestoreEnabled": True}}, "live-restore", "daemon.json"),
+        ("head", {"engine": INFO | {"SecurityOptions": ["name=userns"]}}, "userns-remap", "daemon.json"),
+        ("c2", {"engine": INFO | {"SecurityOptions": ["name=rootless", "name=cgroupns"]}}, "rootless", "for root"),
+        (
+            "c1",
+            {"engine": None, "is_engine_installed": False, "values": {"apt-get": ""}},
+            "no Docker Engine",
+            "by hand",
+        ),
+        ("c1", {"values": {"overlay": "no", "link-vxlan": "no"}}, "lacks overlay file systems, VXLAN", "kernel"),
+        ("c1", {"values": {"controllers": "cpu cpuset pids"}}, "cgroup v2 without memory", "cgroup_enable=memory"),
+        (
+            "head",
+            {"listeners": {("tcp", 2377): "nginx"}},
+            "port 2377/tcp, which Swarm needs, is held by nginx",
+            "end nginx",
+        ),
+        ("c1", {"listeners": {("udp", 4789): "vpnd"}}, "port 4789/udp", "end vpnd"),
+        (
+            "head",
+            {"listeners": {("tcp", 8888): "python3"}},
+            "(JUPYTER_PORT) is held by python3",
+            "JUPYTER_PORT in config.sh",
+        ),
+        (
+            "head",
+            {"listeners": {("tcp", 5000): "docker-proxy"}},
+            "(REGISTRY_PORT) is held by another container",
+            "config.sh",
+        ),
+        ("head", {"values": {"disk-home": "900"}}, "900 MB of disk left for homes", "make room"),
+        ("c2", {"values": {"disk-docker": "12"}}, "12 MB of disk left for images", "docker system df"),
+        ("c2", {"values": {"MemAvailable": "100"}}, "100 MB of 16000 MB of memory left", "end what takes it"),
+        ("c2", {"values": {"nfs-client": ""}}, "cannot mount NFS", "kernel that has NFS"),
+        ("c2", {"reached": {"nas:2049": False}}, "cannot reach the NFS server at nas:2049", "open that port"),
+        ("c1", {"offset_s": 500.0, "offset_error_s": 0.1}, "its clock is 500.0 s ahead of the head's", "keep time"),
+        ("c1", {"values": {"name": "c2"}}, "addr-c1 and addr-c2 are both named c2", "hostnamectl hostname"),
+        ("c1", {"values": {"name": "c_1"}}, "'c_1' cannot be a node's name", "hostnamectl hostname"),
+        ("c1", {"values": {"name": "mysql"}}, "mysql is the name of one of the cluster's services", "hostnamectl"),
     ],
 )
-def test_fault_of_a_worker_is_found_with_its_mend(examine: Examine, changes: dict[str, Any], what: str) -> None:
-    found = examine(_fact("head", "head"), _fact("c1", **changes))
-    (fault,) = [finding for finding in found if finding.level == MEND]
-    assert what in fault.what
-    assert fault.machine == "c1"
-    assert fault.mend
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"listeners": {("tcp", 2377): "consul"}}, "port 2377/tcp, which Swarm needs, is held by consul"),
-        ({"listeners": {("tcp", 5000): "flask"}}, "port 5000 (REGISTRY_PORT) is held by flask"),
-        ({"listeners": {("tcp", 5000): "docker-proxy"}}, "is held by another container"),
-        ({"values": {"disk-home": "10"}}, "10 MB of disk left for homes"),
-        ({"values": {"disk-state": "10"}}, "10 MB of disk left for the state"),
-        ({"engine": None, "values": {"disk-docker": "5000"}}, "5000 MB of disk left for images"),
-    ],
-)
-def test_fault_of_the_head_is_found_with_its_mend(examine: Examine, changes: dict[str, Any], what: str) -> None:
-    found = examine(_fact("head", "head", **changes), _fact("c1"))
-    (fault,) = [finding for finding in found if finding.level == MEND]
-    assert what in fault.what
-    assert fault.machine == "head"
-    assert fault.mend
-
-
-def test_port_that_the_cluster_itself_has_is_no_fault(examine: Examine) -> None:
-    listeners = {("tcp", 8888): "docker-proxy", ("tcp", 2377): "dockerd", ("udp", 4789): "kernel"}
-    found = examine(_fact("head", "head", listeners=listeners))
-    assert _said(found, MEND) == []
-    assert "port 8888 (JUPYTER_PORT) is the cluster's own" in _said(found, OK)
+def test_what_would_not_work_must_be_mended(
+    patient: Patient, who: str, changes: dict[str, Any], what: str, mend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patient.change(who, **changes)
+    found = patient.only(MEND)
+    assert found.machine == changes.get("values", {}).get("name", who)
+    assert what in found.what
+    assert mend in found.mend
+    assert doctor.main(patient.config, patient.state) == 1
+    assert "1 to be mended" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -164,157 +168,259 @@ def test_port_that_the_cluster_itself_has_is_no_fault(examine: Examine) -> None:
     [
         ({"engine": None, "is_engine_installed": False}, "no Docker Engine yet"),
         ({"engine": None}, "Docker Engine does not run yet"),
+        ({"values": {"link-veth": "unknown"}}, "no telling yet whether it has veth pairs"),
         ({"pmu": []}, "no hardware counters"),
         ({"values": {"paranoid": "4"}}, "kernel.perf_event_paranoid is 4"),
-        (
-            {"values": {"governor": "powersave", "no-turbo": "0"}},
-            "measurements vary more with governor powersave, boost on",
-        ),
-        ({"values": {"smt": "1", "SwapTotal": "100"}}, "SMT on, 100 MB of swap"),
-        ({"values": {"boost": "1"}}, "boost on"),
-        ({"values": {"link-vxlan": "unknown"}}, "no telling yet whether it has VXLAN"),
+        ({"values": {"governor": "powersave", "boost": "1"}}, "governor powersave, boost on"),
+        ({"values": {"no-turbo": "0", "smt": "1", "SwapTotal": "2048"}}, "boost on, SMT on, 2048 MB of swap"),
+        ({"offset_s": -5.0, "offset_error_s": 0.5}, "its clock is 5.0 s behind"),
     ],
 )
-def test_what_is_good_to_know_does_not_fail(examine: Examine, changes: dict[str, Any], what: str) -> None:
-    found = examine(_fact("head", "head"), _fact("c1", **changes))
-    assert _said(found, MEND) == []
-    (note,) = _said(found, NOTE)
-    assert what in note
-
-
-def test_names_that_clash_are_refused(examine: Examine) -> None:
-    twin = dataclasses.replace(_fact("c1"), machine=dataclasses.replace(_machine("c1", "worker"), addr="10.0.0.7"))
-    (fault,) = _said(examine(_fact("head", "head"), _fact("c1"), twin), MEND)
-    assert "10.0.0.11 and 10.0.0.7 are both named c1" in fault
-
-
-@pytest.mark.parametrize("name", ["under_score", "-x", "slurmctld", "localhost", "ä", ""])
-def test_name_that_no_node_can_have_is_refused(examine: Examine, name: str) -> None:
-    assert _said(examine(_fact("head", "head"), _fact(name)), MEND)
+def test_what_is_good_to_know_need_not_be_mended(patient: Patient, changes: dict[str, Any], what: str) -> None:
+    patient.change("c1", **changes)
+    found = patient.only(NOTE)
+    assert found.machine == "c1"
+    assert what in found.what
+    assert patient.findings(MEND) == []
 
 
 @pytest.mark.parametrize(
-    ("offset_s", "error_s", "level"),
-    [(0.4, 0.1, OK), (5.0, 0.5, NOTE), (-600.0, 0.5, MEND), (600.0, 599.0, OK)],
+    ("who", "changes"),
+    [
+        ("head", {"listeners": {("tcp", 2377): "dockerd", ("tcp", 7946): "dockerd", ("udp", 4789): "kernel"}}),
+        ("head", {"listeners": {("tcp", 4789): "nginx"}}),  # not the protocol that Swarm uses
+        ("c1", {"listeners": {("tcp", 2377): "nginx", ("tcp", 8888): "python3"}}),  # the head's ports
+        ("c1", {"values": {"no-turbo": "1"}}),
+        ("c1", {"offset_s": 30.0, "offset_error_s": 29.0}),  # a slow answer proves nothing
+        ("head", {"pmu": [], "values": {"governor": "powersave"}}),  # nothing is measured there
+    ],
 )
-def test_clock_that_differs(examine: Examine, offset_s: float, error_s: float, level: str) -> None:
-    found = examine(_fact("head", "head"), _fact("c1", offset_s=offset_s, offset_error_s=error_s))
-    told = [finding for finding in found if "clock" in finding.what]
-    assert [finding.level for finding in told] == [level]
-    if level != OK:
-        assert ("behind" if offset_s < 0 else "ahead") in told[0].what
+def test_what_is_well_is_let_alone(patient: Patient, who: str, changes: dict[str, Any]) -> None:
+    patient.change(who, **changes)
+    assert patient.findings(MEND) + patient.findings(NOTE) == []
 
 
-def test_clock_of_a_simulated_machine_is_the_head_s(examine: Examine) -> None:
-    found = examine(_fact("head", "head"), _fact("c1", simulated=True, offset_s=700))
-    assert not [finding for finding in found if "clock" in finding.what]
+def test_ports_that_the_cluster_s_own_containers_hold_are_well(patient: Patient) -> None:
+    patient.change("head", listeners={("tcp", 8888): "docker-proxy", ("tcp", 5000): "docker-proxy"})
+    patient.ports_of_the_cluster = {8888, 5000}
+    assert patient.findings(MEND) == []
 
 
-def test_silent_machine_is_told_of_in_one_line(examine: Examine) -> None:
-    error = ClusterError(
-        "10.0.0.11 shows another host key:\n@@@@@\n@ WARNING @\nHost key verification failed.", "do this"
-    )
-    found = examine(_fact("head", "head"), Silent(_machine("c1", "worker"), error))
-    (fault,) = [finding for finding in found if finding.level == MEND]
-    assert fault.what == "does not answer: 10.0.0.11 shows another host key: Host key verification failed."
-    assert fault.mend == "do this"
+def test_head_that_lacks_a_command_is_told_what_installs_it(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda command: None if command == "mmdebstrap" else f"/bin/{command}")
+    assert patient.only(NOTE) == Finding(NOTE, "head", "lacks mmdebstrap", "./invoke up installs what is missing")
+    patient.change("head", values={"apt-get": ""})
+    assert patient.only(MEND).mend == "install them by hand"
 
 
-def test_nfs_that_the_kernel_does_not_have(examine: Examine, tmp_path: Path) -> None:
-    config = from_settings(tmp_path, SETTINGS | {"WORKER_ADDRS": "10.0.0.11"})
-    lacks = {"nfs-server": None, "nfs-client": None}
-    found = examine(_fact("head", "head", values=lacks), _fact("c1", values=lacks), config=config)
-    faults = [
-        (finding.machine, finding.what.partition(",")[0].partition(" (")[0])
-        for finding in found
-        if finding.level == MEND
-    ]
-    assert faults == [
-        ("head", "its kernel cannot serve NFS"),
-        ("head", "its kernel cannot mount NFS"),
-        ("c1", "its kernel cannot mount NFS"),
-    ]
-    found = examine(_fact("head", "head"), _fact("c1"), config=config)
-    assert "NFS can be served and mounted" in _said(found, OK)
+def test_silent_machine_is_named_and_the_others_are_shown(patient: Patient) -> None:
+    silent = Silent(C1, ClusterError("10.0.0.2 cannot be reached by SSH:\nssh: no route", "see that it is up"))
+    patient.answers[1] = silent
+    found = patient.only(MEND)
+    assert found.machine == "c1"
+    assert found.what == "does not answer: 10.0.0.2 cannot be reached by SSH: ssh: no route"
+    assert found.mend == "see that it is up"
+    assert {other.machine for other in patient.findings(OK)} == {"head", "c2"}
 
 
-def test_nfs_server_elsewhere_must_be_reached(examine: Examine, tmp_path: Path) -> None:
-    config = from_settings(tmp_path, SETTINGS | {"WORKER_ADDRS": "10.0.0.11", "HOME_SERVER": "10.0.0.9"})
-    facts = [
-        _fact("head", "head", values={"nfs-server": None}, reached={"10.0.0.9:2049": True}),
-        _fact("c1", reached={"10.0.0.9:2049": False}),
-    ]
-    (fault,) = _said(examine(*facts, config=config), MEND)
-    assert fault == "cannot reach the NFS server at 10.0.0.9:2049"
+def test_head_that_cannot_serve_homes_is_told(patient: Patient, tmp_path: Path) -> None:
+    patient.config = config(tmp_path, WORKER_ADDRS="10.0.0.2 10.0.0.3")
+    found = patient.only(MEND)
+    assert (found.machine, "HOME_SERVER" in found.mend) == ("head", True)
+    patient.change("head", values={"nfs-server": "yes"})
+    assert patient.findings(MEND) == []
 
 
-def test_registry_is_to_be_reached_and_trusted(examine: Examine, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
-    (state / "ca.crt").write_text("authority\n")
-    address = "10.0.0.1:5000"
-    digest = hashlib.sha256(b"authority\n").hexdigest()
-    found = examine(
-        _fact("head", "head", reached={address: True}, trusted={address: digest}),
-        _fact("c1", reached={address: True}, trusted={address: "another"}),
-        _fact("c2", reached={address: False}, trusted={address: digest}),
-    )
-    assert [(finding.machine, finding.what) for finding in found if finding.level == MEND] == [
-        ("c1", f"its engine does not trust the registry at {address}"),
-        ("c2", f"cannot reach the registry at {address}"),
-    ]
+def test_nfs_is_not_asked_for_where_homes_are_bound(patient: Patient, tmp_path: Path) -> None:
+    patient.config = config(tmp_path)
+    for name in ("head", "c1", "c2"):
+        patient.change(name, values={"nfs-client": ""})
+    patient.is_running = False
+    assert patient.findings(MEND) == []
+    assert not [found for found in patient.findings(OK) if "NFS" in found.what]
 
 
-def test_sandbox_without_a_job_is_a_stray(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_jobs", lambda: {"7"})
-    monkeypatch.setattr(doctor, "_sandboxes", lambda _machine: {"a" * 64, "b" * 64})
-    found = examine(_fact("head", "head"), _fact("c1", sandboxes={"a" * 64: "7", "b" * 64: "8"}))
-    (fault,) = [finding for finding in found if finding.level == MEND]
-    assert (fault.machine, fault.mend) == ("c1", f"there: docker rm --force {'b' * 12}")
-
-
-def test_sandbox_that_is_just_being_removed_is_none(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_jobs", lambda: set())
-    monkeypatch.setattr(doctor, "_sandboxes", lambda _machine: set())
-    assert _said(examine(_fact("c1", sandboxes={"a" * 64: "7"})), MEND) == []
-
-
-def test_images_with_another_python_are_found(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    releases = {"agent": "trixie, 3.13.5", "user": "trixie, 3.13.5", "cluster": "trixie, 3.12.1"}
-    monkeypatch.setattr(doctor.machines, "head", lambda _config: _machine("head", "head"))
-    monkeypatch.setattr(doctor.images, "built", lambda _config: {name: f"cfiddle-{name}:1" for name in releases})
-    monkeypatch.setattr(doctor, "_image_id", lambda reference: f"id of {reference}")
-    monkeypatch.setattr(doctor.images, "releases", lambda unknown: {name: releases[name] for name in unknown})
-    (fault,) = doctor._pythons(config, State(tmp_path / "state"), is_running=True)
-    assert fault.level == MEND
-    assert "cfiddle-cluster has trixie, 3.12.1; the others have trixie, 3.13.5" in fault.what
-    releases["cluster"] = "trixie, 3.13.5"
-    (fine,) = doctor._pythons(config, State(tmp_path / "state"), is_running=True)
-    assert (fine.level, fine.what) == (OK, "3 images with trixie, 3.13.5")
-
-
-def test_exit_status_and_json(
-    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("homes_are_exported", [False, True])
+def test_nfs_server_is_asked_for_once_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, homes_are_exported: bool
 ) -> None:
-    findings = [Finding(OK, "head", "fine"), Finding(MEND, "c1", "broken", "mend it")]
-    monkeypatch.setattr(doctor.packages, "ensure_root", lambda: None)
-    monkeypatch.setattr(doctor, "examine", lambda _config, _state: findings)
-    assert doctor.main(config, State(tmp_path), as_json=True) == 1
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["must_be_mended"] == 1
-    assert printed["findings"][1] == {"level": "mend", "machine": "c1", "what": "broken", "mend": "mend it"}
-    assert doctor.main(config, State(tmp_path)) == 1
-    assert capsys.readouterr().out == "ok    head  fine\nmend  c1    broken\n            → mend it\n\n1 to be mended\n"
-    findings.pop()
-    assert doctor.main(config, State(tmp_path)) == 0
-    assert capsys.readouterr().out.endswith("nothing to mend\n")
+    monkeypatch.setattr(homes, "EXPORTS", tmp_path / "exports")
+    if homes_are_exported:
+        homes.EXPORTS.write_text("")
+    settings = config(tmp_path, WORKER_ADDRS="10.0.0.2")
+    assert doctor._targets(settings, is_running=False) == (["10.0.0.1:2049"] if homes_are_exported else [])
 
 
-def test_what_is_so_on_many_machines_is_said_once_and_narrowly() -> None:
+def test_registry_must_be_reached_and_trusted_from_every_machine(patient: Patient) -> None:
+    certificate = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+    patient.state.path("ca.crt").write_text(certificate)
+    digest = hashlib.sha256(certificate.encode()).hexdigest()
+    for name in ("head", "c1", "c2"):
+        patient.change(name, reached={REGISTRY: True}, trusted={REGISTRY: digest})
+    assert patient.findings(MEND) == []
+    patient.change("c1", trusted={REGISTRY: "00"})
+    patient.change("c2", reached={REGISTRY: False})
+    first, second = patient.findings(MEND)
+    assert (first.machine, first.mend) == ("c1", "./invoke up")
+    assert "does not trust" in first.what
+    assert (second.machine, "cannot reach" in second.what) == ("c2", True)
+
+
+# --- the registry's account, the images ------------------------------------------------------------------------------
+
+
+def _logged_in(monkeypatch: pytest.MonkeyPatch, login: Callable[[], None]) -> None:
+    class Account:
+        address = REGISTRY
+        username = "cfiddle"
+
+        def ensure_login(self) -> None:
+            login()
+
+    monkeypatch.setattr(doctor, "_has_registry", lambda: True)
+    monkeypatch.setattr(doctor.registry, "of", lambda _config, _state: Account())
+
+
+def _refuse() -> None:
+    raise ClusterError(f"{REGISTRY} refuses the password of cfiddle", "docker service rm cfiddle-registry")
+
+
+def test_registry_that_refuses_the_password_must_be_mended(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient.state.path("secrets").mkdir()
+    _logged_in(monkeypatch, lambda: None)
+    assert patient.findings(MEND) == []
+    _logged_in(monkeypatch, _refuse)
+    found = patient.only(MEND)
+    assert "refuses the password" in found.what
+    assert found.mend == "docker service rm cfiddle-registry"
+
+
+def test_account_without_a_password_is_told_and_nobody_is_asked(
+    patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DOCKERHUB_TOKEN", raising=False)
+    monkeypatch.setattr(doctor.registry, "of", lambda *_args: pytest.fail("it might ask"))
+    patient.config = replace(patient.config, dockerhub_username="teacher")
+    assert "DOCKERHUB_TOKEN" in patient.only(MEND).mend
+
+
+def _releases(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, found: dict[str, str]
+) -> tuple[list[Finding], list[Any]]:
+    """Return what is found of images with these releases, and which of them were looked into."""
+    asked: list[Any] = []
+
+    def look(references: dict[str, str]) -> dict[str, str]:
+        asked.extend(references)
+        return {name: found[name] for name in references}
+
+    monkeypatch.setattr(
+        doctor.images, "built", lambda _config: {name: f"cfiddle-{name}:1" for name in ("base", *found)}
+    )
+    monkeypatch.setattr(doctor.images, "releases", look)
+    monkeypatch.setattr(doctor, "_image_id", lambda reference: f"sha256:{reference}")
+    return doctor._pythons(patient.config, patient.state, is_running=True), asked
+
+
+# The fixture puts a stand-in there.
+_pythons = doctor._pythons
+
+
+def test_images_must_have_one_python(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_pythons", _pythons)
+    same = dict.fromkeys(("user", "sandbox", "cluster"), "Debian 13, Python 3.13.5")
+    (found,), _ = _releases(patient, monkeypatch, same)
+    assert (found.level, found.what) == (OK, "3 images with Debian 13, Python 3.13.5")
+    (found,), _ = _releases(patient, monkeypatch, same | {"sandbox": "Debian 12, Python 3.11.2"})
+    assert found.level == MEND
+    assert "cfiddle-sandbox has Debian 12, Python 3.11.2" in found.what
+
+
+def test_image_is_looked_into_once(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_pythons", _pythons)
+    patient.state.path("secrets").mkdir()
+    assert _releases(patient, monkeypatch, {"user": "13", "sandbox": "13"})[1] == ["user", "sandbox"]
+    assert _releases(patient, monkeypatch, {"user": "13", "sandbox": "13", "agent": "13"})[1] == ["agent"]
+
+
+# --- what sandboxes leave --------------------------------------------------------------------------------------------
+
+
+def test_sandbox_of_a_job_in_the_queue_is_well(patient: Patient) -> None:
+    patient.change("c1", sandboxes={"abc": "12"})
+    patient.jobs = {"12"}
+    patient.sandboxes_later = {"c1": {"abc"}}
+    assert patient.findings(MEND) == []
+
+
+def test_sandbox_without_a_job_is_told_with_how_to_remove_it(patient: Patient) -> None:
+    identity = "0123456789abcdef"
+    patient.change("c1", sandboxes={identity: "12", "fedcba": "13", "nojob": ""})
+    patient.jobs = {"13"}
+    patient.sandboxes_later = {"c1": {identity, "fedcba", "nojob"}}
+    found = patient.only(MEND)
+    assert (found.machine, found.mend) == ("c1", "there: docker rm --force 0123456789ab nojob")
+    assert "2 sandboxes" in found.what
+
+
+def test_sandbox_that_is_just_being_removed_is_well(patient: Patient) -> None:
+    patient.change("c1", sandboxes={"abc": "12"})
+    assert patient.findings(MEND) == []
+
+
+# --- before the first up ---------------------------------------------------------------------------------------------
+
+
+def test_doctor_works_before_the_first_up(patient: Patient, tmp_path: Path) -> None:
+    patient.config = config(tmp_path)
+    patient.is_running = False
+    patient.state = State(tmp_path / "no-state")
+    patient.answers = [well(HEAD, engine=None, is_engine_installed=False)]
+    assert patient.findings(MEND) == []
+    assert patient.only(NOTE).mend == "./invoke up installs it"
+    said = " ".join(found.what for found in patient.findings(OK))
+    assert "no simulated machines yet" in said
+    assert "no registry yet" in said
+    assert not patient.state.directory.exists()
+
+
+@pytest.mark.parametrize(("images", "faults"), [(0, 1), (9, 0)])
+def test_disk_must_hold_the_images_that_are_not_built_yet(patient: Patient, images: int, faults: int) -> None:
+    patient.change("head", engine=INFO | {"Images": images}, values={"disk-docker": "4000"})
+    assert len(patient.findings(MEND)) == faults
+
+
+# --- what a person and a program read --------------------------------------------------------------------------------
+
+
+def _lines(findings: Sequence[Finding]) -> list[str]:
+    return doctor.text(findings).splitlines()
+
+
+def test_lines_are_at_most_80_columns_wide() -> None:
     findings = [
-        Finding(NOTE, f"c{n}", "measurements vary more with " + "x " * 60, "do " + "this " * 30) for n in range(9)
+        Finding(OK, "c1", "fine"),
+        Finding(MEND, "a-rather-long-name", "word " * 40, "do this " * 20),
+        Finding(NOTE, "c1", "/a/path/without/any/blank" * 3),
     ]
-    lines = doctor.text(findings).splitlines()
-    assert lines[0].startswith("note  c0 … c8  measurements")
+    lines = _lines(findings)
     assert max(map(len, lines)) <= 80
-    assert sum("measurements" in line for line in lines) == 1
+    assert "→ do this" in "\n".join(lines)
+    assert lines[0] == "ok    c1                  fine"
+
+
+def test_what_is_so_on_several_machines_is_said_once() -> None:
+    same = [Finding(OK, name, "fine") for name in ("c1", "c2", "c3")]
+    assert _lines(same) == ["ok    c1, c2, c3  fine"]
+    many = [Finding(OK, f"c{number}", "fine") for number in range(1, 201)]
+    assert _lines(many) == ["ok    c1 … c200  fine"]
+    assert len(_lines([*same, Finding(OK, "c4", "also fine")])) == 2
+
+
+def test_json_has_every_finding(patient: Patient, capsys: pytest.CaptureFixture[str]) -> None:
+    patient.change("c1", engine=INFO | {"LiveRestoreEnabled": True})
+    assert doctor.main(patient.config, patient.state, as_json=True) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["must_be_mended"] == 1
+    assert [finding["machine"] for finding in found["findings"] if finding["level"] == "mend"] == ["c1"]
+    assert {"level", "machine", "what", "mend"} == set(found["findings"][0])
