@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 import delegate_function
@@ -30,6 +31,9 @@ from delegate_function import (
     TestClass,
 )
 from delegate_function.delegates import BaseDelegate
+
+# The far side has no tests to import.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SRC = Path(delegate_function.__file__).parents[1]
 NODE = {"name": "c9"}
