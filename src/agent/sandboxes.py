@@ -17,7 +17,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ UID = 65533
 LABEL = "cfiddle.sandbox"
 _INSIDE = "/run/cfiddle"
 _SOCKET = "sandbox.sock"
+_LOOK_S = 0.5
 _DEATH_S = 5.0
 
 log = logging.getLogger("agent")
@@ -108,19 +109,14 @@ class Sandbox:
     """One sandbox; `connection` is the socket to its first process once it is ready."""
 
     def __init__(
-        self,
-        container: str,
-        limits: Limits,
-        listener: socket.socket,
-        cgroup: usage.Cgroup,
-        destroy: Callable[[Sandbox], None],
+        self, engine: Engine, container: str, limits: Limits, listener: socket.socket, cgroup: usage.Cgroup
     ) -> None:
         self.container = container
         self.limits = limits
         self.state = State.MADE
         self.connection = listener
         self.cgroup = cgroup
-        self._destroy = destroy
+        self._engine = engine
 
     def wait_until_ready(self, *, timeout_s: float, waiter: socket.socket | None = None) -> None:
         """Wait until its process has said that it is ready.
@@ -129,7 +125,7 @@ class Sandbox:
             waiter: whoever waits for it; the wait ends when that connection is closed.
 
         Raises:
-            SandboxError: it is not ready in time, or speaks otherwise.
+            SandboxError: it is not ready in time, or ends, or speaks otherwise.
             Abandoned: nobody waits any more.
         """
         deadline = time.monotonic() + timeout_s
@@ -150,17 +146,23 @@ class Sandbox:
         poller.register(self.connection, select.POLLIN)
         if waiter:
             poller.register(waiter, select.POLLIN)
-        ready = [fd for fd, _ in poller.poll(max(0, deadline - time.monotonic()) * 1000)]
-        if waiter and waiter.fileno() in ready:
-            raise Abandoned
-        if not ready:
-            raise SandboxError("its process was not ready in time")
+        while True:
+            ready = [fd for fd, _ in poller.poll(_LOOK_S * 1000)]
+            if waiter and waiter.fileno() in ready:
+                raise Abandoned
+            if ready:
+                return
+            if time.monotonic() > deadline:
+                raise SandboxError("its process was not ready in time")
+            state = self._engine.inspect(self.container)["State"]
+            if not state["Running"]:
+                raise SandboxError(f"its process ended with status {state['ExitCode']} before it was ready")
 
     def hand_over(self, descriptors: Sequence[int]) -> None:
         """Give it its one call: the descriptors over which the call comes, and its output goes.
 
         Raises:
-            SandboxError: its process is gone.
+            SandboxError: its process is gone, or had its call already.
         """
         if self.state is not State.READY:
             raise SandboxError(f"it is {self.state.value}, not ready: a sandbox serves one call")
@@ -171,8 +173,8 @@ class Sandbox:
         except OSError as error:
             raise SandboxError(f"its process is gone: {error}") from error
 
-    def is_over(self) -> int | None:
-        """Read the one thing that a serving sandbox says: the status of the call's process.
+    def status(self) -> int:
+        """Read the one thing that a serving sandbox says: how the call's process ended (negative: by which signal).
 
         Raises:
             EOFError: its first process ended without a word.
@@ -187,12 +189,27 @@ class Sandbox:
             raise SandboxError("its first process spoke otherwise than it should")
         return status
 
-    def destroy(self) -> None:
-        """End it with all its processes and remove it; may be called again."""
-        if self.state is not State.GONE:
-            self.state = State.GONE
-            self.connection.close()
-            self._destroy(self)
+    def autopsy(self) -> tuple[int, bool]:
+        """Return the status of its first process, which ended by itself, and whether memory was the reason."""
+        status = self._engine.wait(self.container)
+        return status, bool(self._engine.inspect(self.container)["State"]["OOMKilled"])
+
+    def kill(self) -> None:
+        """Kill all its processes and wait until they are dead."""
+        try:
+            self._engine.kill(self.container)
+        except EngineError as error:
+            log.warning("sandbox %.12s cannot be killed: %s", self.container, error)
+            return
+        deadline = time.monotonic() + _DEATH_S
+        while time.monotonic() < deadline:
+            self.connection.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                wire.receive(self.connection)
+            except wire.Refused:
+                continue
+            except (EOFError, OSError):
+                return
 
 
 class Sandboxes:
@@ -224,20 +241,21 @@ class Sandboxes:
         """Return the digest of a profile's image; raise EngineError if this machine lacks it."""
         return str(self._engine.image(profile.image)["Id"])
 
-    def make(self, identifier: str, profile: Profile, limits: Limits, *, cpus: str, labels: dict[str, str]) -> Sandbox:
+    def make(self, profile: Profile, limits: Limits, *, cpus: str, labels: dict[str, str]) -> Sandbox:
         """Create and start a sandbox.
 
         Args:
-            identifier: names it; 32 hexadecimal digits, never used before.
             cpus: as in "0-3,8"; "" for all.
+            labels: what its container is labelled with beside what all are.
 
         Raises:
             EngineError: the engine does not make it.
+            SandboxError: there is no place for its socket.
         """
+        identifier = os.urandom(16).hex()
+        directory = self._directory / identifier
         with self._lock:
             self._making += 1
-        directory = self._directory / identifier
-        container = ""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             directory.mkdir(mode=0o711)
@@ -257,38 +275,29 @@ class Sandboxes:
             self._engine.start(container)
             with self._lock:
                 self._live[container] = directory
-            cgroup = usage.Cgroup(self._cgroups, container)
-            return Sandbox(container, limits, listener, cgroup, self._destroy)
-        except BaseException:
+            return Sandbox(self._engine, container, limits, listener, usage.Cgroup(self._cgroups, container))
+        except BaseException as error:
             listener.close()
-            shutil.rmtree(directory, ignore_errors=True)
             self._left.set()
+            if isinstance(error, OSError):
+                raise SandboxError(f"no place for its socket: {error}") from error
             raise
         finally:
             with self._lock:
                 self._making -= 1
 
-    def kill(self, sandbox: Sandbox) -> None:
-        """Kill all processes of a serving sandbox and wait until they are dead."""
+    def destroy(self, sandbox: Sandbox) -> None:
+        """End a sandbox with all its processes and remove it; what the engine cannot do now is done later."""
+        sandbox.state = State.GONE
+        sandbox.connection.close()
+        with self._lock:
+            directory = self._live.pop(sandbox.container)
+        shutil.rmtree(directory, ignore_errors=True)
         try:
-            self._engine.kill(sandbox.container)
+            self._engine.remove(sandbox.container)
         except EngineError as error:
-            log.warning("sandbox %.12s cannot be killed: %s", sandbox.container, error)
-            return
-        deadline = time.monotonic() + _DEATH_S
-        while time.monotonic() < deadline:
-            sandbox.connection.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                wire.receive(sandbox.connection)
-            except wire.Refused:
-                continue
-            except (EOFError, OSError):
-                return
-
-    def autopsy(self, sandbox: Sandbox) -> tuple[int, bool]:
-        """Return the status of a sandbox's first process, which ended by itself, and whether memory was the reason."""
-        status = self._engine.wait(sandbox.container)
-        return status, bool(self._engine.inspect(sandbox.container)["State"]["OOMKilled"])
+            log.warning("sandbox %.12s cannot be removed yet: %s", sandbox.container, error)
+            self._left.set()
 
     def sweep(self) -> int:
         """Remove every sandbox that nobody here holds; return how many there were.
@@ -317,16 +326,6 @@ class Sandboxes:
             self._engine.kill(container)
         for container in live:
             self._engine.remove(container)
-
-    def _destroy(self, sandbox: Sandbox) -> None:
-        with self._lock:
-            directory = self._live.pop(sandbox.container)
-        shutil.rmtree(directory, ignore_errors=True)
-        try:
-            self._engine.remove(sandbox.container)
-        except EngineError as error:
-            log.warning("sandbox %.12s cannot be removed yet: %s", sandbox.container, error)
-            self._left.set()
 
     def _tidy(self) -> None:
         """Try again what could not be removed, as often as it takes."""

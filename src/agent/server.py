@@ -118,7 +118,6 @@ class Server:
             cpus = profile.limits.cpus_in(grant.cpus)
             fingerprint = node.fingerprint(cpus=cpus, image=self._sandboxes.image_id(profile))
             sandbox = self._sandboxes.make(
-                request.id,
                 profile,
                 profile.limits.lowered(request.seconds, request.memory_mb),
                 cpus=cpus,
@@ -128,7 +127,7 @@ class Server:
                 sandbox.wait_until_ready(timeout_s=_BOOT_S, waiter=connection)
                 self._run(connection, request, grant, sandbox, fingerprint, descriptors)
             finally:
-                sandbox.destroy()
+                self._sandboxes.destroy(sandbox)
 
     def _profile(self, request: CallRequest) -> Profile:
         profile = self._policy.profiles.get(request.profile)
@@ -199,18 +198,18 @@ class Server:
 
     def _end(self, sandbox: Sandbox, reason: str, detail: str) -> Ending:
         reading = sandbox.cgroup.read()
-        self._sandboxes.kill(sandbox)
+        sandbox.kill()
         return Ending(reason, None, detail, reading)
 
     def _over(self, sandbox: Sandbox) -> Ending:
         """Find out how a call ended whose sandbox has something to say, or has just died."""
         limits = sandbox.limits
         try:
-            status = sandbox.is_over()
+            status = sandbox.status()
         except EOFError:
             if self._closing:
                 return Ending("cancelled", None, "the agent was told to end", Reading())
-            status, out_of_memory = self._sandboxes.autopsy(sandbox)
+            status, out_of_memory = sandbox.autopsy()
             if out_of_memory:
                 return Ending("memory", None, f"memory limit of {limits.memory_mb} MB", Reading())
             return Ending("error", None, f"the sandbox's first process ended with status {status}", Reading())
@@ -218,7 +217,7 @@ class Server:
             return self._end(sandbox, "error", str(error))
         reading = sandbox.cgroup.read()
         if reading.processes != 1:  # its first process waits; what else there is was left running
-            self._sandboxes.kill(sandbox)
+            sandbox.kill()
         reason, detail = "exited", ""
         if reading.oom_kills:
             reason, detail = "memory", f"memory limit of {limits.memory_mb} MB"
