@@ -223,6 +223,19 @@ def test_silent_machine_is_named_and_the_others_are_shown(patient: Patient) -> N
     assert {other.machine for other in patient.findings(OK)} == {"head", "c2"}
 
 
+def test_silent_machine_is_told_of_without_ssh_s_banner(patient: Patient) -> None:
+    said = "10.0.0.2 shows another host key:\n@@@@@\n@ WARNING @\nHost key verification failed."
+    patient.answers[1] = Silent(C1, ClusterError(said, "do this"))
+    assert patient.only(MEND).what == (
+        "does not answer: 10.0.0.2 shows another host key: Host key verification failed."
+    )
+
+
+def test_clock_of_a_simulated_machine_is_the_head_s(patient: Patient) -> None:
+    patient.answers[1] = well(machine("c1", simulated=True), values={"nfs-client": "yes"}, offset_s=700.0)
+    assert patient.findings(MEND) == []
+
+
 def test_head_that_cannot_serve_homes_is_told(patient: Patient, tmp_path: Path) -> None:
     patient.config = config(tmp_path, WORKER_ADDRS="10.0.0.2 10.0.0.3")
     found = patient.only(MEND)

@@ -1,6 +1,7 @@
 """Facts about machines: what probe.sh prints of this one, and what is read from such lines."""
 
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -92,6 +93,35 @@ def test_this_machine_is_probed(tmp_path: Path) -> None:
     for name in ("disk-docker", "disk-home", "disk-state", "MemTotal", "MemAvailable"):
         assert (found.number(name) or 0) > 0, name
     assert abs(found.offset_s) <= found.offset_error_s + 0.01
+
+
+def _probe(home_root: Path = Path("/no/such/home"), ports: tuple[int, ...] = ()) -> Facts:
+    (found,) = gather([HERE], home_root=home_root, ports=ports, targets=())
+    assert isinstance(found, Facts)
+    return found
+
+
+def test_holder_of_a_datagram_port_is_named_too() -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as held:
+        held.bind(("::1", 0))
+        port = held.getsockname()[1]
+        assert _probe(ports=(port,)).listeners == {("udp", port): Path("/proc/self/comm").read_text().strip()}
+    assert _probe(ports=(port,)).listeners == {}
+
+
+def test_free_space_is_that_of_the_file_system_that_a_directory_would_be_made_on(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", tmp_path], check=True)
+    try:
+        assert _probe(home_root=tmp_path / "not" / "yet").number("disk-home") == 64
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_probe_leaves_nothing_behind() -> None:
+    before = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
+    _probe()
+    assert "/mnt/all" not in {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()} - before
+    assert "cfiddle0" not in {path.name for path in Path("/sys/class/net").iterdir()}
 
 
 def test_all_are_asked_at_once_and_one_that_fails_does_not_spoil_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
