@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10
 CONTROL_PERSIST_S = 60
+ASK_TIMEOUT_S = 600
+"""How long a person may think about a host key."""
 SSH_FAILED = 255
 """ssh's own exit status when it could not connect or log in."""
 PARALLEL = 16
@@ -134,7 +136,7 @@ class Machine:
     def _unreachable(self, error: CommandError) -> ClusterError:
         said = error.output.lower()
         user = self.ssh[-1]
-        known = next((word.partition("=")[2] for word in self.ssh if word.startswith("UserKnownHostsFile=")), "")
+        known = _option(self.ssh, "UserKnownHostsFile")
         if "identification has changed" in said:
             return ClusterError(
                 f"{self.addr} shows another host key than the known one:\n{error.output}",
@@ -142,8 +144,9 @@ class Machine:
             )
         if "host key verification failed" in said:
             return ClusterError(
-                f"the host key of {self.addr} is not known yet, and there is no terminal to ask on:\n{error.output}",
-                f"run this in a terminal once; or, on a network that you trust: ssh-keyscan {self.addr} >>{known}",
+                f"the host key of {self.addr} is not known yet:\n{error.output}",
+                "run ./invoke machines in a terminal, which asks about it; "
+                f"or, on a network that you trust: ssh-keyscan {self.addr} >>{known}",
             )
         if "permission denied" in said:
             return ClusterError(
@@ -196,29 +199,28 @@ def head(config: Config) -> Machine:
 
 def simulated_worker(state: State, name: str, addr: str) -> Machine:
     """Return a simulated machine by its name and address."""
-    options = {"IdentityFile": str(state.path("ssh/id_ed25519")), "StrictHostKeyChecking": "yes"}
-    ssh = _ssh(state, "root", addr, options)
+    ssh = _ssh(state, "root", addr, str(state.path("ssh/id_ed25519")))
     return Machine(name=name, addr=addr, roles=frozenset({"worker"}), simulated=True, ssh=ssh)
 
 
 def real_worker(config: Config, state: State, addr: str) -> Machine:
-    """Return a machine by its address, not yet asked for its name.
-
-    A host key that is not known yet is shown and asked for once when there is a terminal, and refused otherwise.
-    """
-    options = {"StrictHostKeyChecking": "ask" if _has_terminal() else "yes"}
-    if config.ssh_key:
-        options["IdentityFile"] = config.ssh_key
-    ssh = _ssh(state, config.ssh_user, addr, options)
+    """Return a machine by its address, not yet asked for its name."""
+    ssh = _ssh(state, config.ssh_user, addr, config.ssh_key)
     return Machine(name=addr, addr=addr, roles=frozenset({"worker"}), ssh=ssh, sudo=config.ssh_user != "root")
 
 
 def named(machines: Iterable[Machine]) -> list[Machine]:
     """Return the machines with their own short hostnames; each is asked, all at once.
 
+    Before that, where there is a terminal, host keys that are not known yet are shown and asked about, one by one.
+
     Raises:
         ClusterError: one or more cannot be reached, or let us be root only with a password.
     """
+    machines = list(machines)
+    if _has_terminal():
+        for machine in machines:
+            _introduce(machine)
     return on_each(machines, _named)
 
 
@@ -261,6 +263,25 @@ def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list
     return [future.result() for future in futures]
 
 
+def _introduce(machine: Machine) -> None:
+    """Let ssh ask about a host key that is not known yet. What comes of it the next command there tells."""
+    known = _option(machine.ssh, "UserKnownHostsFile")
+    if not machine.ssh or machine.simulated:
+        return
+    argv = ["ssh-keygen", "-F", machine.addr, "-f", known]
+    if subprocess.run(argv, capture_output=True, check=False).returncode == 0:
+        return
+    # The first value of an option counts.
+    ssh = [machine.ssh[0], "-o", "StrictHostKeyChecking=ask", "-o", "BatchMode=no", *machine.ssh[1:], "true"]
+    print(flush=True)
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(ssh, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=ASK_TIMEOUT_S, check=False)
+
+
+def _option(ssh: Sequence[str], name: str) -> str:
+    return next((word.partition("=")[2] for word in ssh if word.startswith(f"{name}=")), "")
+
+
 def _has_terminal() -> bool:
     try:
         with open("/dev/tty"):
@@ -269,9 +290,10 @@ def _has_terminal() -> bool:
         return False
 
 
-def _ssh(state: State, user: str, addr: str, options: dict[str, str]) -> tuple[str, ...]:
+def _ssh(state: State, user: str, addr: str, key: str) -> tuple[str, ...]:
     settings = {
-        "BatchMode": "no" if options["StrictHostKeyChecking"] == "ask" else "yes",
+        "BatchMode": "yes",
+        "StrictHostKeyChecking": "yes",
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
         "ConnectTimeout": str(CONNECT_TIMEOUT_S),
@@ -283,7 +305,9 @@ def _ssh(state: State, user: str, addr: str, options: dict[str, str]) -> tuple[s
         "ControlPath": str(state.path("ssh/control-%C")),
         "ControlPersist": str(CONTROL_PERSIST_S),
         "LogLevel": "ERROR",
-        **options,
     }
+    if key:
+        # An agent with many keys would use up the server's patience before this one is offered.
+        settings |= {"IdentityFile": key, "IdentitiesOnly": "yes"}
     words = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
     return ("ssh", "-F", "/dev/null", "-T", *words, f"{user}@{addr}")

@@ -5,6 +5,7 @@ import os
 import shlex
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,8 +208,7 @@ def test_simulated_machine_takes_the_cluster_s_key_and_known_host_keys_only(tmp_
     assert ssh.endswith("root@172.31.240.11")
 
 
-def test_real_machine_is_logged_in_to_as_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "_has_terminal", lambda: False)
+def test_real_machine_is_logged_in_to_as_config_says(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("")
     settings = config(tmp_path, WORKER_ADDRS="10.0.0.2", SSH_USER="teacher", SSH_KEY=str(key))
@@ -216,12 +216,41 @@ def test_real_machine_is_logged_in_to_as_config_says(tmp_path: Path, monkeypatch
     assert found.sudo
     assert found.ssh[-1] == "teacher@10.0.0.2"
     assert f"IdentityFile={key}" in found.ssh
+    assert "IdentitiesOnly=yes" in found.ssh
     assert "StrictHostKeyChecking=yes" in found.ssh
     assert "PasswordAuthentication=no" in found.ssh
 
 
-def test_host_key_is_asked_for_where_there_is_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "_has_terminal", lambda: True)
+def test_without_a_key_of_its_own_ssh_s_and_its_agent_s_are_tried(tmp_path: Path) -> None:
     found = machines.real_worker(config(tmp_path, WORKER_ADDRS="10.0.0.2"), State(tmp_path), "10.0.0.2")
-    assert "StrictHostKeyChecking=ask" in found.ssh
+    assert not any(word.startswith("Identit") for word in found.ssh)
     assert not found.sudo
+
+
+@pytest.mark.parametrize(("has_terminal", "asked"), [(True, ["c2", "c3"]), (False, [])])
+def test_unknown_host_keys_are_asked_about_one_by_one_where_there_is_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_terminal: bool, asked: list[str]
+) -> None:
+    known = tmp_path / "known_hosts"
+    known.write_text("c1 ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8hQhP0Xk1Z0m3U4s6m2d5b1nJp4m6dX0m3U4s6m2d5\n")
+    # In the place of ssh: says who asks whom, slowly enough for two at once to be seen.
+    text = """#!/bin/sh
+case "$*" in
+    *"StrictHostKeyChecking=ask"*"StrictHostKeyChecking=yes"*)
+        for last; do [ "$last" = true ] || host=$last; done
+        mkdir "$(dirname "$0")/asking" || touch "$(dirname "$0")/two-at-once"
+        sleep 0.1
+        echo "$host" >>"$(dirname "$0")/asked"
+        rmdir "$(dirname "$0")/asking" ;;
+    *) echo "name-of-a-machine" ;;
+esac
+"""
+    ssh = str(_executable(tmp_path / "ssh", text))
+    words = ("-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=yes")
+    real = [replace(reached_by(ssh, *words, name), addr=name) for name in ("c1", "c2", "c3")]
+    monkeypatch.setattr(machines, "_has_terminal", lambda: has_terminal)
+    found = machines.named([*real, replace(reached_by(ssh, *words, "c4"), addr="c4", simulated=True), machine("head")])
+    log = tmp_path / "asked"
+    assert (log.read_text().split() if log.exists() else []) == asked
+    assert not (tmp_path / "two-at-once").exists()
+    assert [machine.name for machine in found[:4]] == ["name-of-a-machine"] * 4
