@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from docker.models.services import Service
+
 from cfiddle_cluster import engine, services, slurm, users
 from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.config import STACK, Config
@@ -161,6 +163,8 @@ def restore_services(state: State, archive: Archive) -> None:
         what="slurmctld to answer with the restored state",
     )
     _end_lost_jobs(archive)
+    # slurmctld knows the workers by the addresses that they had; each tells its new one when its slurmd starts.
+    _service("slurmd").force_update()
     state.path(_MARKER).unlink()
 
 
@@ -223,7 +227,11 @@ def _stopped(service: str) -> Iterator[None]:
 
 
 def _scale(service: str, replicas: int) -> None:
-    engine.client().services.get(f"{STACK}_{service}").scale(replicas)
+    _service(service).scale(replicas)
+
+
+def _service(name: str) -> Service:
+    return engine.client().services.get(f"{STACK}_{name}")
 
 
 def _mountpoint(volume: str) -> Path:
@@ -290,7 +298,7 @@ def _load_slurm_state(content: tarfile.TarFile) -> None:
         else:
             with target.open("xb") as file:
                 shutil.copyfileobj(_member(content, member.name), file)
-            target.chmod(0o600)
+            target.chmod(member.mode & 0o700)
         os.chown(target, SLURM_UID, SLURM_UID)
 
 
