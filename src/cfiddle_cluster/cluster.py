@@ -5,6 +5,7 @@ the machines themselves, so nothing here has to be carried from one run to the n
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,7 +215,14 @@ class Cluster:
             self._must_run()
             machines.named([machines.real_worker(self.config, self.state, addr)])
             _record(self.configured, self.state, [*self.config.worker_addrs, addr])
-            Cluster.of(self.config.root)._up(Report(again="./invoke up"))
+            larger, report = Cluster.of(self.config.root), Report(again="./invoke up")
+            try:
+                larger._up(report, until="swarm")
+            except ClusterError:
+                # It has not become a member, so nobody shall wait for it from now on.
+                _record(self.configured, self.state, self.config.worker_addrs)
+                raise
+            larger._up(report)
 
     def remove_worker(self, name: str) -> None:
         """Drain a worker, wait until its jobs have ended, and take it out of the cluster.
@@ -258,7 +266,7 @@ class Cluster:
                 simulated.remove_machine(name)
                 left = [other for other in _simulated_names(self.configured, self.state) if other != name]
             else:
-                left = [other for other in self.config.worker_addrs if other != addr]
+                left = [other for other in self.config.worker_addrs if addr not in (other, _resolved(other))]
             _record(self.configured, self.state, left)
 
     def _reachable(self, name: str) -> Machine | None:
@@ -320,7 +328,8 @@ class Cluster:
             self._up(report, until="stack")
             with report.step("accounting and Slurm's state"):
                 backup.restore_services(self.state, archive)
-            self._up(report)
+            # What is restored is not restored again: from here on an `up` goes on.
+            self._up(Report(again="./invoke up"))
         print(self._greeting())
 
     def down(self, *, purge: bool) -> None:
@@ -348,7 +357,7 @@ class Cluster:
                 simulated.remove_all(purge=purge)
         elif self.state.exists:
             with report.step("real machines"):
-                self._release_workers(purge=purge)
+                self._release_workers(report, purge=purge)
         with report.step("swarm"):
             swarm.leave(self.state)
         if purge:
@@ -357,7 +366,7 @@ class Cluster:
                 stack.remove_volumes(self._head)
                 images.remove_images(self._head)
 
-    def _release_workers(self, *, purge: bool) -> None:
+    def _release_workers(self, report: Report, *, purge: bool) -> None:
         def release(machine: Machine) -> None:
             if machine.engine_get("/info")["Swarm"]["LocalNodeState"] == "active":
                 machine.engine_post("/swarm/leave?force=true")
@@ -366,7 +375,19 @@ class Cluster:
                 stack.remove_volumes(machine)
                 images.remove_images(machine)
 
-        machines.on_each(self._workers(), release)
+        listed = self._worker_list()
+        answering = machines.answering(listed)
+        for addr in [machine.addr for machine in listed if machine.addr not in {found.addr for found in answering}]:
+            report.note(f"{addr} does not answer; should it come back, run there: docker swarm leave --force")
+        machines.on_each(answering, release)
+
+
+def _resolved(addr: str) -> str:
+    """Return the number behind an address, by which the swarm knows a machine that does not answer any more."""
+    try:
+        return socket.gethostbyname(addr)
+    except OSError:
+        return addr
 
 
 def _with_workers(configured: Config, state: State) -> Config:
@@ -378,8 +399,9 @@ def _with_workers(configured: Config, state: State) -> Config:
 
 
 def _simulated_names(configured: Config, state: State) -> list[str]:
-    """Return the names of the simulated workers that there shall be."""
-    return _recorded(configured, state) or [f"c{number}" for number in range(1, configured.local_workers + 1)]
+    """Return the names of the simulated workers that there shall be: those asked for, and those that `scale` left."""
+    asked = _recorded(configured, state) or [f"c{number}" for number in range(1, configured.local_workers + 1)]
+    return sorted({*asked, *simulated.existing()}, key=simulated.number)
 
 
 def _recorded(configured: Config, state: State) -> list[str] | None:

@@ -75,7 +75,7 @@ def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> 
             missing.append(machine)
         elif swarm["NodeID"] in ids:
             continue
-        elif machine.simulated:
+        elif machine.simulated and not swarm.get("ControlAvailable"):
             # A swarm of ours that is no more: a `down` was interrupted between the head and its machines.
             machine.engine_post("/swarm/leave?force=true")
             missing.append(machine)

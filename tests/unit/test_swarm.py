@@ -24,11 +24,15 @@ class Member:
         self.node = node
         self.did: list[tuple[str, Any]] = []
         self.refusal = ""
+        self.is_manager = False
         self._engine = engine
 
     def engine_get(self, path: str) -> dict[str, Any]:
         assert path == "/info"
-        return self.info | {"Swarm": {"LocalNodeState": "active" if self.node else "inactive", "NodeID": self.node}}
+        state = "active" if self.node else "inactive"
+        return self.info | {
+            "Swarm": {"LocalNodeState": state, "NodeID": self.node, "ControlAvailable": self.is_manager}
+        }
 
     def engine_post(self, path: str, body: Any = None, timeout_s: float = 0) -> None:
         self.did.append((path, body))
@@ -234,8 +238,13 @@ def test_token_is_rotated_and_shown_to_nobody_when_a_join_fails(
     assert "HEAD_ADDR" in caught.value.remedy
 
 
-def test_machine_of_another_swarm_is_refused(engine: FakeEngine, settings: Config, state: State) -> None:
-    member = Member(engine, "c1", node="elsewhere", simulated=False)
+@pytest.mark.parametrize("simulated", [False, True])
+def test_machine_of_another_swarm_is_refused(
+    engine: FakeEngine, settings: Config, state: State, simulated: bool
+) -> None:
+    """A simulated machine of ours was never a manager, so one that is has been put into another swarm on purpose."""
+    member = Member(engine, "c1", node="elsewhere", simulated=simulated)
+    member.is_manager = simulated
     with pytest.raises(ClusterError, match=r"c1 \(addr-c1\) belongs to another swarm"):
         _join(settings, state, member)
     assert member.did == []

@@ -1,0 +1,402 @@
+"""The orchestration: which steps run in which order, what is remembered of the workers, what is refused untouched."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cfiddle_cluster import cluster as cluster_module
+from cfiddle_cluster.cluster import Cluster
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.state import State
+from samples import config, machine
+
+
+class World:
+    """Everything that a cluster drives, and what was done with it, in order."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.did: list[str] = []
+        self.failing: dict[str, ClusterError] = {}
+        self.there = ["c1", "c2"]
+        self.silent: set[str] = set()
+        self.state = State(tmp_path / f"state-of-{tmp_path.name}")
+        self.state.directory.mkdir()
+        self.settings = config(tmp_path)
+        self._monkeypatch = monkeypatch
+        for module, names in {
+            "packages": "ensure_root ensure_commands ensure_engine",
+            "homes": "ensure_homes purge",
+            "swarm": "ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
+            "registry": "ensure_registry remove_registry remove_trust",
+            "users": "ensure_accounts ensure_associations",
+            "stack": "deploy remove remove_volumes",
+            "slurm": "drain wait_until_empty delete_node set_down",
+            "readiness": "wait_until_ready",
+            "images": "remove_images",
+        }.items():
+            for name in names.split():
+                self._replace(module, name, self._note(f"{module}.{name}"))
+        self._replace("images", "build", self._note("images.build", {"machine": "m:1", "registry": "r:1"}))
+        self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
+        self._replace("simulated", "existing", lambda: list(self.there))
+        self._replace("simulated", "workers", lambda _state: [machine(name, simulated=True) for name in self.there])
+        self._replace("simulated", "ensure_machines", self._ensure_machines)
+        self._replace("simulated", "remove_machine", self._remove_machine)
+        self._replace("simulated", "remove_all", self._note("simulated.remove_all"))
+        self._replace("machines", "named", lambda machines: list(machines))
+        self._replace("machines", "answering", self._answering)
+        self._replace("machines", "real_worker", lambda _config, _state, addr: machine(addr, addr=addr))
+        self._replace("machines", "on_each", lambda machines, action: [action(found) for found in machines])
+        self._replace("swarm", "worker_names", lambda: list(self.there))
+        self._replace("swarm", "address_of", lambda name: f"addr-{name}")
+        self._replace("services", "container", lambda _service: object())
+        self._replace("services", "machines_of", lambda _service: set())
+        self._replace("engine", "is_running", lambda: True)
+        self._replace("userhost", "url", lambda _config, _state: "http://localhost:8888/?token=abc")
+        monkeypatch.setattr(State, "ensure", self._note("state.ensure"))
+        (tmp_path / "install_docker.sh").write_text("install")
+        monkeypatch.setattr(Machine, "script", lambda found, text, **_: self.did.append(f"{text} {found.addr}"))
+
+    def _replace(self, module: str, name: str, substitute: Any) -> None:
+        self._monkeypatch.setattr(f"cfiddle_cluster.cluster.{module}.{name}", substitute)
+
+    def _note(self, what: str, result: Any = None) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            words = [str(arg) for arg in args if isinstance(arg, str | list)]
+            words += [f"{name}={value}" for name, value in kwargs.items() if name in ("purge",)]
+            self.did.append(" ".join([what, *words]))
+            if what in self.failing:
+                raise self.failing[what]
+            return result
+
+        return noted
+
+    def _ensure_machines(self, _config: Any, _state: State, names: list[str], image: str) -> None:
+        self.did.append(f"simulated.ensure_machines {','.join(names)} {image}")
+        self.there = list(names)
+
+    def _remove_machine(self, name: str) -> None:
+        self.did.append(f"simulated.remove_machine {name}")
+        self.there.remove(name)
+
+    def _answering(self, machines: list[Machine]) -> list[Machine]:
+        return [found for found in machines if found.name not in self.silent]
+
+    def cluster(self, **settings: str) -> Cluster:
+        """Return the cluster of config.sh's defaults with some settings changed, as `Cluster.of` reads it."""
+        configured = config(self.settings.root, **settings) if settings else self.settings
+        configured = replace(configured, state_dir=self.state.directory)
+        self._monkeypatch.setattr(cluster_module.config, "load", lambda _root: configured)
+        return Cluster.of(configured.root)
+
+    def verbs(self) -> list[str]:
+        return [line.partition(" ")[0] for line in self.did]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setenv("DOCKER_HOST", "")  # set by whatever is tested, and to be as it was afterwards
+    found = World(tmp_path, monkeypatch)
+    yield found
+    Path(f"/run/{found.state.directory.name}.lock").unlink(missing_ok=True)
+
+
+UP = [
+    "packages.ensure_root",
+    "packages.ensure_commands",
+    "state.ensure",
+    "packages.ensure_engine",
+    "images.build",
+    "homes.ensure_homes",
+    "simulated.ensure_machines",
+    "swarm.ensure_swarm",
+    "swarm.ensure_joined",
+    "swarm.ensure_labels",
+    "registry.ensure_registry",
+    "distribution.distribute",
+    "users.ensure_accounts",
+    "stack.deploy",
+    "users.ensure_associations",
+    "readiness.wait_until_ready",
+]
+
+
+# --- up --------------------------------------------------------------------------------------------------------------
+
+
+def test_up_does_every_step_in_order_and_ends_with_what_to_try(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.cluster().up()
+    assert world.verbs() == UP
+    said = capsys.readouterr().out
+    assert "http://localhost:8888/?token=abc" in said
+    assert said.count("./invoke shell --command") == 3
+
+
+@pytest.mark.parametrize(
+    ("until", "last"),
+    [
+        ("machines", "simulated.ensure_machines"),
+        ("swarm", "swarm.ensure_joined"),
+        ("labels", "swarm.ensure_labels"),
+        ("homes", "homes.ensure_homes"),
+        ("images", "images.build"),
+        ("distribution", "distribution.distribute"),
+        ("stack", "stack.deploy"),
+    ],
+)
+def test_one_step_s_task_does_what_it_needs_and_no_more(
+    world: World, until: str, last: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.cluster().up(until=until)
+    assert world.verbs() == UP[: UP.index(last) + 1]
+    assert capsys.readouterr().out == ""
+
+
+def test_failure_names_the_step_and_what_to_run_next(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.failing["swarm.ensure_swarm"] = ClusterError("the swarm cannot be made", "free port 2377")
+    with pytest.raises(ClusterError) as caught:
+        world.cluster().up()
+    assert caught.value.message == "swarm: the swarm cannot be made"
+    assert "free port 2377" in caught.value.remedy
+    assert "./invoke up" in caught.value.remedy
+    assert world.verbs() == UP[: UP.index("swarm.ensure_swarm") + 1]
+    assert capsys.readouterr().out == ""
+    del world.failing["swarm.ensure_swarm"]
+    world.did.clear()
+    world.cluster().up()
+    assert world.verbs() == UP
+
+
+def test_second_command_is_refused_before_it_does_anything(world: World) -> None:
+    cluster = world.cluster()
+    with world.state.lock("down"), pytest.raises(ClusterError, match="is at work on this cluster"):
+        cluster.up()
+    assert world.verbs() == ["packages.ensure_root"]
+
+
+def test_commands_mean_this_machine_s_engine(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_CONTEXT", "elsewhere")
+    monkeypatch.setenv("DOCKER_HOST", "tcp://elsewhere:2375")
+    world.cluster()
+    assert cluster_module.os.environ["DOCKER_HOST"] == "unix:///var/run/docker.sock"
+    assert "DOCKER_CONTEXT" not in cluster_module.os.environ
+
+
+# --- how many workers there are --------------------------------------------------------------------------------------
+
+
+def _made(world: World) -> str:
+    return next(line for line in reversed(world.did) if line.startswith("simulated.ensure_machines")).split()[1]
+
+
+def test_first_up_makes_as_many_machines_as_config_says(world: World) -> None:
+    world.there = []
+    world.cluster(LOCAL_WORKERS="3").up()
+    assert _made(world) == "c1,c2,c3"
+
+
+def test_scale_up_is_remembered(world: World) -> None:
+    world.cluster().scale(3)
+    assert _made(world) == "c1,c2,c3"
+    world.cluster().up()
+    assert _made(world) == "c1,c2,c3"
+
+
+def test_scale_down_drains_before_it_removes_and_takes_the_highest(world: World) -> None:
+    world.there = ["c1", "c2", "c3"]
+    world.cluster(LOCAL_WORKERS="3").scale(2)
+    assert world.did[:8] == [
+        "packages.ensure_root",
+        "slurm.drain ['c3'] cfiddle: the worker is being removed",
+        "slurm.wait_until_empty ['c3']",
+        "swarm.unlabel_worker c3",
+        "slurm.delete_node c3",
+        "swarm.remove_node c3",
+        "simulated.remove_machine c3",
+        "packages.ensure_commands",
+    ]
+    assert _made(world) == "c1,c2"
+    world.cluster(LOCAL_WORKERS="3").up()
+    assert _made(world) == "c1,c2"
+
+
+def test_gap_that_a_removal_left_is_filled_first(world: World) -> None:
+    world.there = ["c1", "c2", "c3"]
+    world.cluster(LOCAL_WORKERS="3").remove_worker("c2")
+    assert world.there == ["c1", "c3"]
+    world.cluster(LOCAL_WORKERS="3").scale(3)
+    assert _made(world) == "c1,c2,c3"
+
+
+def test_config_that_was_changed_has_the_last_word(world: World) -> None:
+    world.cluster().scale(3)
+    world.cluster(LOCAL_WORKERS="4").up()
+    assert _made(world) == "c1,c2,c3,c4"
+
+
+def test_machines_beyond_what_config_says_now_stay_until_they_are_scaled_away(world: World) -> None:
+    world.there = ["c1", "c2", "c3"]
+    world.cluster(LOCAL_WORKERS="1").up()
+    assert _made(world) == "c1,c2,c3"
+    world.cluster(LOCAL_WORKERS="1").scale(1)
+    assert world.there == ["c1"]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 65])
+def test_number_of_workers_that_cannot_be_is_refused(world: World, count: int) -> None:
+    with pytest.raises(ClusterError, match=f"there cannot be {count} workers") as caught:
+        world.cluster().scale(count)
+    assert "1 to 64" in caught.value.remedy
+    assert world.there == ["c1", "c2"]
+
+
+def test_cluster_that_does_not_run_is_not_scaled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module.services, "container", lambda _service: None)
+    with pytest.raises(ClusterError, match="the cluster does not run"):
+        world.cluster().scale(3)
+    assert world.verbs() == ["packages.ensure_root"]
+
+
+def test_worker_that_nobody_knows_is_refused_with_those_that_there_are(world: World) -> None:
+    with pytest.raises(ClusterError, match="there is no worker 'c9'; there are c1, c2"):
+        world.cluster().remove_worker("c9")
+    assert world.verbs() == ["packages.ensure_root"]
+
+
+def test_last_worker_stays(world: World) -> None:
+    world.there = ["c1"]
+    with pytest.raises(ClusterError, match="c1 is the last worker"):
+        world.cluster().remove_worker("c1")
+    assert world.there == ["c1"]
+
+
+def test_worker_whose_machine_is_gone_is_given_up_and_not_waited_for(world: World) -> None:
+    world.silent = {"c2"}
+    world.cluster().remove_worker("c2")
+    assert "slurm.set_down ['c2'] cfiddle: its machine is gone" in world.did
+    assert "slurm.wait_until_empty" not in world.verbs()
+    assert world.there == ["c1"]
+
+
+# --- real machines ---------------------------------------------------------------------------------------------------
+
+REAL = {"WORKER_ADDRS": "10.0.0.2 10.0.0.3"}
+
+
+def _addresses(world: World) -> tuple[str, ...]:
+    return world.cluster(**REAL).config.worker_addrs
+
+
+def test_worker_that_was_added_is_remembered(world: World) -> None:
+    world.there = ["10.0.0.2", "10.0.0.3"]
+    cluster = world.cluster(**REAL)
+    cluster.add_worker("10.0.0.4")
+    assert world.verbs()[-1] == "readiness.wait_until_ready"
+    assert [line for line in world.did if line.startswith("install ")][:3] == [
+        "install 10.0.0.2",
+        "install 10.0.0.3",
+        "install 10.0.0.4",
+    ]
+    assert _addresses(world) == ("10.0.0.2", "10.0.0.3", "10.0.0.4")
+    with pytest.raises(ClusterError, match="is a worker already"):
+        world.cluster(**REAL).add_worker("10.0.0.4")
+
+
+def test_worker_that_cannot_join_is_not_remembered(world: World) -> None:
+    world.failing["swarm.ensure_joined"] = ClusterError("10.0.0.4 belongs to another swarm", "docker swarm leave")
+    with pytest.raises(ClusterError, match="another swarm"):
+        world.cluster(**REAL).add_worker("10.0.0.4")
+    assert _addresses(world) == ("10.0.0.2", "10.0.0.3")
+
+
+def test_worker_that_is_a_member_already_is_remembered_whatever_fails_afterwards(world: World) -> None:
+    world.failing["distribution.distribute"] = ClusterError("the disk of 10.0.0.4 is full", "make room")
+    with pytest.raises(ClusterError, match="is full"):
+        world.cluster(**REAL).add_worker("10.0.0.4")
+    assert _addresses(world) == ("10.0.0.2", "10.0.0.3", "10.0.0.4")
+
+
+def test_worker_that_was_removed_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.there = ["10.0.0.2", "10.0.0.3"]
+    world.cluster(**REAL).remove_worker("10.0.0.3")
+    assert _addresses(world) == ("10.0.0.2",)
+    assert "swarm.remove_node 10.0.0.3" in world.did
+
+
+def test_lost_worker_with_a_name_for_an_address_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.there = ["lab-2", "lab-3"]
+    world.silent = {"lab-3"}
+    numbers = {"lab-2": "10.0.0.2", "lab-3": "10.0.0.3"}
+    socket = SimpleNamespace(gethostbyname=lambda addr: numbers[addr])
+    monkeypatch.setattr(cluster_module, "socket", socket)
+    monkeypatch.setattr(cluster_module.swarm, "address_of", lambda name: numbers[name])
+    world.cluster(WORKER_ADDRS="lab-2 lab-3").remove_worker("lab-3")
+    assert world.cluster(WORKER_ADDRS="lab-2 lab-3").config.worker_addrs == ("lab-2",)
+
+
+def test_addresses_in_config_that_were_changed_have_the_last_word(world: World) -> None:
+    world.cluster(**REAL).add_worker("10.0.0.4")
+    assert world.cluster(WORKER_ADDRS="10.0.0.7").config.worker_addrs == ("10.0.0.7",)
+
+
+def test_simulated_and_real_workers_are_not_mixed(world: World) -> None:
+    with pytest.raises(ClusterError, match="workers are simulated"):
+        world.cluster().add_worker("10.0.0.4")
+    with pytest.raises(ClusterError, match="real machines, which cannot be made"):
+        world.cluster(**REAL).scale(3)
+    assert set(world.verbs()) == {"packages.ensure_root"}
+
+
+# --- down ------------------------------------------------------------------------------------------------------------
+
+
+def test_down_keeps_state_homes_images_and_volumes(world: World) -> None:
+    world.cluster().down(purge=False)
+    assert world.did == [
+        "packages.ensure_root",
+        "stack.remove",
+        "registry.remove_registry purge=False",
+        "simulated.remove_all purge=False",
+        "swarm.leave",
+    ]
+    assert world.state.directory.exists()
+
+
+def test_purge_takes_everything(world: World) -> None:
+    world.cluster().down(purge=True)
+    for verb in ("stack.remove_volumes", "images.remove_images", "registry.remove_trust", "homes.purge"):
+        assert verb in world.verbs()
+    assert "simulated.remove_all purge=True" in world.did
+    assert not world.state.directory.exists()
+
+
+def test_down_is_no_error_where_no_engine_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module.engine, "is_running", lambda: False)
+    world.cluster().down(purge=False)
+    world.cluster().down(purge=True)
+    assert set(world.verbs()) == {"packages.ensure_root", "homes.purge"}
+
+
+def test_down_goes_on_past_a_worker_that_does_not_answer_and_names_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[str] = []
+
+    def info(found: Machine, _path: str) -> dict[str, Any]:
+        left.append(found.addr)
+        return {"Swarm": {"LocalNodeState": "inactive"}}
+
+    monkeypatch.setattr(Machine, "engine_get", info)
+    world.state.path("secrets").mkdir()
+    world.silent = {"10.0.0.2"}
+    world.cluster(**REAL).down(purge=False)
+    assert left == ["10.0.0.3"]
+    assert "10.0.0.2 does not answer" in capsys.readouterr().err
+    assert world.verbs()[-1] == "swarm.leave"
