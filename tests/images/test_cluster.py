@@ -96,11 +96,17 @@ def slurm(network: str, start_for_all: Start, secret_file: Secret, munge_key: Pa
     for container in (slurmctld, slurmdbd):
         container.run("tee", "/var/lib/extrausers/passwd", input=ACCOUNTS)
         container.wait_until_healthy()
-    wait_until(lambda: "cfiddle" in slurmctld.run("sacctmgr", "-n", "show", "cluster", user="slurm"), timeout_s=30, what="cluster")
+    wait_until(
+        lambda: "cfiddle" in slurmctld.run("sacctmgr", "-n", "show", "cluster", user="slurm"),
+        timeout_s=30,
+        what="cluster",
+    )
     slurmctld.run("sacctmgr", "-i", "add", "account", "cfiddle", user="slurm")
     slurmctld.run("sacctmgr", "-i", "add", "user", "ada,ben", "account=cfiddle", user="slurm")
     found = Slurm(slurmctld, slurmdbd, slurmd)
     found.wait_until_answering()
+    # Ready, as `up` means it: a job is on record.
+    assert found.ending(found.script("echo $SLURM_JOB_ID").strip()) == "COMPLETED"
     return found
 
 
@@ -125,7 +131,10 @@ def test_grant_is_there_while_the_job_is(slurm: Slurm) -> None:
     grant = f"/run/cfiddle-grants/{job}"
     wait_until(lambda: slurm.slurmd.run("ls", "-A", "/run/cfiddle-grants").split() == [job], timeout_s=20, what=grant)
     assert slurm.slurmd.run("cat", grant) == "2001\n"
-    assert slurm.slurmd.run("stat", "--format=%a %u", grant, "/run/cfiddle-grants").split("\n")[:2] == ["600 0", "700 0"]
+    assert slurm.slurmd.run("stat", "--format=%a %u", grant, "/run/cfiddle-grants").split("\n")[:2] == [
+        "600 0",
+        "700 0",
+    ]
     slurm.ending(job)
     wait_until(lambda: not slurm.slurmd.run("ls", "-A", "/run/cfiddle-grants"), timeout_s=20, what="no grant")
 
@@ -162,7 +171,9 @@ def test_nothing_of_a_job_is_left_after_it(slurm: Slurm) -> None:
 
 def test_of_two_jobs_the_one_that_ends_takes_its_own_processes_along(slurm: Slurm) -> None:
     script = "setsid -f sleep 601; touch /tmp/of-both"
-    other = slurm.run("sbatch", "--parsable", "--partition=shared", "--output=/dev/null", "--wrap=setsid -f sleep 602; sleep 600")
+    other = slurm.run(
+        "sbatch", "--parsable", "--partition=shared", "--output=/dev/null", "--wrap=setsid -f sleep 602; sleep 600"
+    )
     wait_until(lambda: "sleep 602" in slurm.slurmd.run("pgrep", "-fa", "sleep"), timeout_s=20, what="the other job")
     slurm.run("srun", "--partition=shared", "--chdir=/", "--ntasks=1", "sh", "-c", script)
     wait_until(lambda: "601" not in slurm.slurmd.run("pgrep", "-fa", "sleep"), timeout_s=20, what="the process gone")
