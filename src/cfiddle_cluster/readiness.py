@@ -21,7 +21,7 @@ ATTEMPTS = 3
 def wait_until_ready(machines: Iterable[Machine]) -> None:
     """Wait until a job of the ordinary account `probe` has run on each worker and its record can be read.
 
-    A worker whose node is busy or drained takes no such job now: it is ready if it answers and has such a record already.
+    A worker whose node is busy or drained takes no such job now: it is ready if it answers and has such a record.
 
     Args:
         machines: the cluster's machines; those that are no workers are left alone.

@@ -89,7 +89,7 @@ def is_manager() -> bool:
 
 
 def _wanted(service: Service) -> int:
-    """Return how many tasks a service must have: its replicas, or one on each machine with the label that it asks for."""
+    """Return how many tasks a service must have: its replicas, or one on each machine with the label that it names."""
     spec = service.attrs["Spec"]
     if "Replicated" in spec["Mode"]:
         return int(spec["Mode"]["Replicated"]["Replicas"])

@@ -75,7 +75,7 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
 
 
 def remove(*, timeout_s: float = 120) -> None:
-    """Take the services away with their networks, secrets and configurations; volumes stay. Nothing happens where there are none.
+    """Take the services away with their networks, secrets and configurations, where there are any; volumes stay.
 
     Raises:
         ClusterError: containers or networks are still there after that time.
@@ -87,7 +87,7 @@ def remove(*, timeout_s: float = 120) -> None:
             lambda: not live_tasks(),
             timeout_s=timeout_s,
             what="the stack's containers to end on all machines",
-            remedy="a machine that is switched off holds this up: remove it with `docker node rm --force`, then run this again",
+            remedy="a machine that is switched off holds this up: docker node rm --force NAME, then run this again",
         )
     of_stack = {"label": f"{NAMESPACE}={STACK}"}
     wait_until(
@@ -165,7 +165,7 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
     digest = hashlib.sha256(json.dumps(home, sort_keys=True).encode()).hexdigest()[:8]
     values = {_variable("IMAGE", name): references[name] for name in IMAGES} | dict(names)
     values |= {
-        # A volume keeps the options that it was made with, so other options need another volume. The homes are elsewhere.
+        # A volume keeps the options that it was made with, so other options need another one. The homes are elsewhere.
         "HOME_VOLUME": f"{STACK}_home-{digest}",
         "HOME_TYPE": home["type"],
         "HOME_OPTIONS": home["o"],
@@ -207,7 +207,7 @@ def _drain(values: Mapping[str, str]) -> list[str]:
     if changing and running_tasks("slurmd"):
         if not slurm.is_answering():
             raise ClusterError(
-                f"{' and '.join(changing)} would be replaced, but slurmctld does not answer, so whether jobs run is not known",
+                f"{' and '.join(changing)} would be replaced, but slurmctld does not say whether jobs run",
                 "./invoke logs slurmctld shows why; ./invoke down, then ./invoke up, if no job matters",
             )
         free = [name for name, node in slurm.nodes().items() if not node.is_drained]
