@@ -11,13 +11,13 @@ from invoke import Context, task
 
 from cfiddle_cluster import checks, logs, status, userhost
 from cfiddle_cluster.cluster import Cluster
-from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.errors import FOREIGN, ClusterError, explained
 
 ROOT = Path(__file__).resolve().parent
 
 
 def cluster_task(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Make a task of a function that takes the cluster: a `ClusterError` is one message and exit status 1."""
+    """Make a task of a function that takes the cluster: what goes wrong is one message and exit status 1."""
     if function is None:
         return functools.partial(cluster_task, **options)
 
@@ -27,6 +27,8 @@ def cluster_task(function: Callable[..., Any] | None = None, **options: Any) -> 
             exit_status = function(Cluster.of(ROOT), *args, **kwargs)
         except ClusterError as error:
             sys.exit(f"error: {error}")
+        except FOREIGN as error:
+            sys.exit(f"error: {explained(error)}")
         except KeyboardInterrupt:
             sys.exit("interrupted; run the same command again and it goes on")
         if exit_status:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.errors import FOREIGN, ClusterError, explained
 
 
 @dataclass
@@ -33,10 +33,11 @@ class Report:
         self._show(f"  {name:<60}" if self.stream.isatty() else f"  {name} …\n")
         try:
             yield
-        except ClusterError as error:
+        except (ClusterError, *FOREIGN) as failure:
             self._end(name, began, "failed")
+            error = failure if isinstance(failure, ClusterError) else explained(failure)
             remedy = error.remedy or "see ./invoke doctor and ./invoke logs"
-            raise ClusterError(f"{name}: {error.message}", f"{remedy}\n→ then run again: {self.again}") from error
+            raise ClusterError(f"{name}: {error.message}", f"{remedy}\n→ then run again: {self.again}") from failure
         except BaseException:
             self._end(name, began, "interrupted")
             raise

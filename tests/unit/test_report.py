@@ -1,5 +1,6 @@
 """What a long command shows, on a terminal and elsewhere, and what it says when a step fails."""
 
+import errno
 import io
 
 import pytest
@@ -69,3 +70,16 @@ def test_interrupted_step_is_shown_as_such_and_what_interrupts_goes_on() -> None
     with pytest.raises(KeyboardInterrupt), Report(again="./invoke up", stream=stream).step("images"):
         raise KeyboardInterrupt
     assert stream.getvalue().endswith("s  interrupted\n")
+
+
+def test_full_disk_is_a_failure_like_any_other() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ClusterError, match="images: the disk is full") as caught:
+        _fail_with(Report(again="./invoke up", stream=stream), OSError(errno.ENOSPC, "No space left on device"))
+    assert caught.value.remedy.endswith("→ then run again: ./invoke up")
+    assert stream.getvalue().endswith("failed\n")
+
+
+def _fail_with(report: Report, error: Exception) -> None:
+    with report.step("images"):
+        raise error
