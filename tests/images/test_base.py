@@ -28,6 +28,9 @@ def test_packages_come_from_debian_itself_and_not_from_the_builders_mirror(image
     text = run([docker_cli(), "run", "--rm", image("base"), "sh", "-c", script], timeout_s=60)
     uris = [line for line in text.splitlines() if line.startswith("URIs:")]
     assert uris == ["URIs: http://deb.debian.org/debian", "URIs: http://deb.debian.org/debian-security"]
+    release = config.load(ROOT).debian_release
+    assert f"Suites: {release} {release}-updates\n" in text
+    assert f"Suites: {release}-security\n" in text
     assert "Proxy" not in text
     assert text.endswith("/run/secrets:\n\n/var/lib/apt/lists:\n") or "/run/secrets:" not in text
 
