@@ -117,11 +117,13 @@ def remove(config: Config, state: State, name: str, *, delete_home: bool = False
         raise ClusterError(
             f"{name} belongs to the cluster and stays", "use `./invoke shell` to change what is in its home"
         )
-    # No name, no new session; then the sessions; then Slurm, from which a job's own processes may still submit.
-    _place_accounts([*(other for other in listing(state) if other != user), PROBE])
+    # Slurm's commands know people by name, so the account goes last; it may have gone in a removal that was interrupted.
+    _place_accounts([*listing(state), PROBE])
     userhost.end_sessions(user)
     if services.container("slurmctld"):
         slurm.delete_user(name)
+    _place_accounts([*(other for other in listing(state) if other != user), PROBE])
+    userhost.end_sessions(user)
     if delete_home:
         homes.delete_home(config, name)
     known = _read(state)

@@ -97,14 +97,16 @@ def test_added_users_get_the_next_ids(state: Any, did: list[Any]) -> None:
     assert ("ensure users", ["grace"]) in did
 
 
-def test_removed_user_is_locked_out_before_the_jobs_end_and_keeps_uid_and_home(state: Any, did: list[Any]) -> None:
+def test_removed_user_loses_sessions_jobs_and_account_and_keeps_uid_and_home(state: Any, did: list[Any]) -> None:
     uid = users.add(CONFIG, state, "ada").uid
     did.clear()
     users.remove(CONFIG, state, "ada")
     assert did == [
-        ("accounts", ["jovyan", "test_user1", "test_user2", "probe"]),
+        ("accounts", ["jovyan", "test_user1", "test_user2", "ada", "probe"]),
         ("end sessions", "ada"),
         ("delete user", "ada"),
+        ("accounts", ["jovyan", "test_user1", "test_user2", "probe"]),
+        ("end sessions", "ada"),
     ]
     assert users.add(CONFIG, state, "eve").uid == uid + 1, "nobody inherits the files of who was removed"
     assert users.add(CONFIG, state, "ada").uid == uid, "who comes back finds their own"
