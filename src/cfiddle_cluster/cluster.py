@@ -261,7 +261,7 @@ class Cluster:
             )
             slurm.delete_node(name)
             if machine is None or "head" not in machine.roles:
-                swarm.remove_node(name, machine)
+                swarm.remove_node(self.state, name, machine)
             if self.config.simulated:
                 simulated.remove_machine(name)
                 left = [other for other in _simulated_names(self.configured, self.state) if other != name]
@@ -368,8 +368,7 @@ class Cluster:
 
     def _release_workers(self, report: Report, *, purge: bool) -> None:
         def release(machine: Machine) -> None:
-            if machine.engine_get("/info")["Swarm"]["LocalNodeState"] == "active":
-                machine.engine_post("/swarm/leave?force=true")
+            swarm.release(self.state, machine)
             registry.remove_trust(self.config, [machine])
             if purge:
                 stack.remove_volumes(machine)

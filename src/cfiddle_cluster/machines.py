@@ -258,7 +258,10 @@ def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list
         (machine, error) for machine, error in zip(listed, errors, strict=True) if isinstance(error, ClusterError)
     ]
     if failed:
-        message = "\n".join(f"{machine.name}: {error.message}" for machine, error in failed)
+        message = "\n".join(
+            error.message if machine.name in error.message else f"{machine.name}: {error.message}"
+            for machine, error in failed
+        )
         raise ClusterError(message, failed[0][1].remedy) from failed[0][1]
     return [future.result() for future in futures]
 

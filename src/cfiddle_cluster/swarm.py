@@ -1,7 +1,9 @@
 """The swarm: the head's engine manages it, every other machine is a worker of it, labels say what runs where."""
 
 import re
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from docker.errors import APIError
@@ -17,9 +19,12 @@ PORT = 2377
 JOIN_TIMEOUT_S = 60
 MADE_BY_US = "swarm.json"
 """The file of the state that says which swarm `up` made, and so `down` may leave."""
+JOINED = "joined.json"
+"""The file of the state that has the ids of the members whom we let join, and so may make leave."""
 
 # RFC 1123, section 2.1; slurm.conf(5) and a swarm's DNS want no more.
 _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_LEAVE = "/swarm/leave?force=true"
 _SERVICE_NAMES = frozenset({"localhost", "mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost"})
 
 
@@ -40,11 +45,13 @@ def ensure_swarm(config: Config, state: State) -> None:
     swarm = info["Swarm"]
     if swarm["ControlAvailable"]:
         return
-    if swarm["LocalNodeState"] not in ("inactive", "pending"):
+    if _is_member(swarm):
         raise ClusterError(
             f"this machine's engine belongs to a swarm that it does not manage (state: {swarm['LocalNodeState']})",
             "docker swarm leave, if that swarm can do without it; then ./invoke up",
         )
+    if swarm["LocalNodeState"] != "inactive":
+        client.swarm.leave(force=True)
     try:
         client.swarm.init(advertise_addr=config.head_addr, listen_addr=f"0.0.0.0:{PORT}")
     except APIError as error:
@@ -67,32 +74,24 @@ def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> 
     answers = on_each(machines, lambda machine: machine.engine_get("/info"))
     for machine, info in zip(machines, answers, strict=True):
         _refuse([(machine.name, *fault) for fault in engine_faults(info)])
-    states = [info["Swarm"] for info in answers]
     ids = {str(node["ID"]) for node in nodes().values()}
+    ours = set(state.read_json(JOINED, []))
     missing = []
-    for machine, swarm in zip(machines, states, strict=True):
-        if swarm["LocalNodeState"] == "inactive":
-            missing.append(machine)
-        elif swarm["NodeID"] in ids:
+    for machine, swarm in zip(machines, [info["Swarm"] for info in answers], strict=True):
+        if swarm["NodeID"] in ids:
             continue
-        elif machine.simulated and not swarm.get("ControlAvailable"):
-            # A swarm of ours that is no more: a `down` was interrupted between the head and its machines.
-            machine.engine_post("/swarm/leave?force=true")
-            missing.append(machine)
-        else:
+        is_simulated = machine.simulated and not swarm.get("ControlAvailable")
+        if _is_member(swarm) and not (is_simulated or swarm["NodeID"] in ours):
             raise ClusterError(
                 f"{machine.name} ({machine.addr}) belongs to another swarm",
                 "if that swarm can do without it, run there: docker swarm leave --force; then ./invoke up",
             )
+        missing.append(machine)
+        if swarm["LocalNodeState"] != "inactive":
+            # Of a swarm of ours that is no more, or an attempt to join that failed.
+            machine.engine_post(_LEAVE)
     if missing:
-        api = engine.client().api
-        token = str(api.inspect_swarm()["JoinTokens"]["Worker"])
-        try:
-            on_each(missing, lambda machine: _join(config, machine, token))
-        finally:
-            # A rotation sends the whole specification, or what is not in it falls back to its default.
-            swarm = api.inspect_swarm()
-            api.update_swarm(swarm["Version"]["Index"], swarm_spec=swarm["Spec"], rotate_worker_token=True)
+        _let_join(config, state, missing)
     _remove_forgotten({machine.name for machine in machines})
     wait_until(
         lambda: all(node is not None and node["Status"]["State"] == "ready" for node in map(node_of, machines)),
@@ -148,13 +147,24 @@ def unlabel_worker(name: str) -> None:
         _update(node, labels)
 
 
-def remove_node(name: str, machine: Machine | None = None) -> None:
-    """Take a machine out of the swarm: it leaves if it can be reached, and is forgotten in any case."""
-    if machine is not None and "head" not in machine.roles:
-        machine.engine_post("/swarm/leave?force=true")
+def remove_node(state: State, name: str, machine: Machine | None = None) -> None:
+    """Take a machine out of the swarm, unless it was a member before we came; a lost one (None) is forgotten."""
+    if machine is not None:
+        if "head" in machine.roles:
+            return
+        release(state, machine)
+    joined = state.read_json(JOINED, [])
     for node in _named(name):
-        if node["Spec"]["Role"] != "manager":
+        is_ours = machine is None or machine.simulated or node["ID"] in joined
+        if is_ours and node["Spec"]["Role"] != "manager":
             engine.client().api.remove_node(node["ID"], force=True)
+
+
+def release(state: State, machine: Machine) -> None:
+    """Have a machine leave the swarm if we let it join; who is in it for reasons of their own, or in another, stays."""
+    swarm = machine.engine_get("/info")["Swarm"]
+    if swarm["NodeID"] and (machine.simulated or swarm["NodeID"] in state.read_json(JOINED, [])):
+        machine.engine_post(_LEAVE)
 
 
 def leave(state: State) -> None:
@@ -240,7 +250,33 @@ def _refuse(faults: Iterable[tuple[str, str, str]]) -> None:
         raise ClusterError("\n".join(f"{where}: {what}" for where, what, _mend in faults), faults[0][2])
 
 
-def _join(config: Config, machine: Machine, token: str) -> None:
+def _is_member(swarm: Mapping[str, Any]) -> bool:
+    # An engine whose attempt to join failed is in state `error`, and keeps trying, but has no id yet.
+    return bool(swarm["NodeID"]) or swarm["LocalNodeState"] not in ("inactive", "pending", "error")
+
+
+def _let_join(config: Config, state: State, machines: Iterable[Machine]) -> None:
+    api = engine.client().api
+    token = str(api.inspect_swarm()["JoinTokens"]["Worker"])
+    try:
+        on_each(machines, lambda machine: _join(config, state, machine, token))
+    except ClusterError:
+        made = state.read_json(MADE_BY_US, None)
+        if made and made["id"] == _cluster_id() and len(nodes()) == 1:
+            # Nobody could join: made at an address that is not the head's, it would stay there.
+            leave(state)
+        raise
+    finally:
+        if is_manager():
+            # A rotation sends the whole specification, or what is not in it falls back to its default.
+            swarm = api.inspect_swarm()
+            api.update_swarm(swarm["Version"]["Index"], swarm_spec=swarm["Spec"], rotate_worker_token=True)
+
+
+_joined = threading.Lock()
+
+
+def _join(config: Config, state: State, machine: Machine, token: str) -> None:
     body = {
         "ListenAddr": f"0.0.0.0:{PORT}",
         "AdvertiseAddr": machine.addr,
@@ -250,11 +286,18 @@ def _join(config: Config, machine: Machine, token: str) -> None:
     try:
         machine.engine_post("/swarm/join", body, timeout_s=JOIN_TIMEOUT_S)
     except ClusterError as error:
+        with suppress(ClusterError):
+            # It would go on trying.
+            machine.engine_post(_LEAVE)
         message = error.message.replace(token, "…")
         raise ClusterError(
             f"{machine.name} cannot join the swarm at {config.head_addr}: {message}",
             f"HEAD_ADDR in config.sh must be the head's address as {machine.name} sees it, with port {PORT} open",
         ) from None
+    if not machine.simulated:
+        node = str(machine.engine_get("/info")["Swarm"]["NodeID"])
+        with _joined:
+            state.write_json(JOINED, [*state.read_json(JOINED, []), node])
 
 
 def _set_labels(node: Mapping[str, Any], wanted: Mapping[str, str]) -> None:

@@ -391,7 +391,7 @@ def test_down_goes_on_past_a_worker_that_does_not_answer_and_names_it(
 
     def info(found: Machine, _path: str) -> dict[str, Any]:
         left.append(found.addr)
-        return {"Swarm": {"LocalNodeState": "inactive"}}
+        return {"Swarm": {"LocalNodeState": "inactive", "NodeID": ""}}
 
     monkeypatch.setattr(Machine, "engine_get", info)
     world.state.path("secrets").mkdir()

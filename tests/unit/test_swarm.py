@@ -21,7 +21,7 @@ class Member:
         self.name, self.addr, self.simulated = name, f"addr-{name}", simulated
         self.roles = frozenset({"worker"})
         self.info: dict[str, Any] = {"SecurityOptions": ["name=seccomp"]}
-        self.node = node
+        self.node, self.state_ = node, "inactive"
         self.did: list[tuple[str, Any]] = []
         self.refusal = ""
         self.is_manager = False
@@ -29,20 +29,23 @@ class Member:
 
     def engine_get(self, path: str) -> dict[str, Any]:
         assert path == "/info"
-        state = "active" if self.node else "inactive"
+        state = "active" if self.node else self.state_
         return self.info | {
             "Swarm": {"LocalNodeState": state, "NodeID": self.node, "ControlAvailable": self.is_manager}
         }
 
     def engine_post(self, path: str, body: Any = None, timeout_s: float = 0) -> None:
         self.did.append((path, body))
-        if self.refusal:
+        if self.refusal and path == "/swarm/join":
+            self.state_ = "error"
             raise ClusterError(self.refusal)
         if path == "/swarm/join":
+            if self.state_ != "inactive" or self.node:
+                raise ClusterError("This node is already part of a swarm")
             self.node = f"node-{self.name}"
             self._engine.add_node(self.name, self.node)
         else:
-            self.node = ""
+            self.node, self.state_ = "", "inactive"
 
 
 class FakeEngine:
@@ -51,7 +54,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.api = self.swarm = self
         self.is_manager = True
-        self.local_state = "active"
+        self.local_state, self.node = "active", "head-1"
         self.options: dict[str, Any] = {}
         self.members: list[dict[str, Any]] = []
         self.rotated: list[Any] = []
@@ -72,15 +75,17 @@ class FakeEngine:
         )
 
     def info(self) -> dict[str, Any]:
-        return self.options | {"Swarm": {"ControlAvailable": self.is_manager, "LocalNodeState": self.local_state}}
+        swarm = {"ControlAvailable": self.is_manager, "LocalNodeState": self.local_state, "NodeID": self.node}
+        return self.options | {"Swarm": swarm}
 
     def init(self, **addresses: str) -> None:
+        assert self.local_state == "inactive"
         if self.init_error:
             raise APIError(self.init_error, explanation=self.init_error)
         self.addresses, self.is_manager = addresses, True
 
     def leave(self, force: bool) -> None:
-        self.left = force
+        self.left, self.is_manager, self.local_state, self.node = force, False, "inactive", ""
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.members
@@ -126,7 +131,7 @@ def state(tmp_path: Any) -> State:
 
 
 def test_swarm_is_made_at_the_head_s_address_and_remembered(engine: FakeEngine, settings: Config, state: State) -> None:
-    engine.is_manager, engine.local_state = False, "inactive"
+    engine.leave(force=False)
     swarm.ensure_swarm(settings, state)
     assert engine.addresses == {"advertise_addr": "10.0.0.1", "listen_addr": "0.0.0.0:2377"}
     swarm.leave(state)
@@ -153,7 +158,7 @@ def test_head_that_is_somebody_else_s_worker_is_refused(engine: FakeEngine, sett
 
 
 def test_address_that_the_head_has_not_is_told(engine: FakeEngine, settings: Config, state: State) -> None:
-    engine.is_manager, engine.local_state = False, "inactive"
+    engine.leave(force=False)
     engine.init_error = "must specify a listening address that exists"
     with pytest.raises(ClusterError, match=r"cannot be made at 10\.0\.0\.1: must specify") as caught:
         swarm.ensure_swarm(settings, state)
@@ -258,6 +263,70 @@ def test_simulated_machine_leaves_a_swarm_of_ours_that_is_no_more(
     assert [path for path, _body in member.did] == ["/swarm/leave?force=true", "/swarm/join"]
 
 
+@pytest.mark.parametrize("simulated", [False, True])
+def test_failed_join_is_not_gone_on_with(engine: FakeEngine, settings: Config, state: State, simulated: bool) -> None:
+    member = Member(engine, "c1", simulated=simulated)
+    member.refusal = "Timeout was reached. The attempt to join the swarm will continue in the background."
+    with pytest.raises(ClusterError, match="cannot join"):
+        _join(settings, state, member)
+    assert member.did[-1] == ("/swarm/leave?force=true", None)
+    assert member.state_ == "inactive"
+
+
+def test_machine_whose_attempt_to_join_failed_once_joins(engine: FakeEngine, settings: Config, state: State) -> None:
+    member = Member(engine, "c1", simulated=False)
+    member.state_ = "error"
+    _join(settings, state, member)
+    assert member.node == "node-c1"
+
+
+def test_swarm_that_nobody_can_join_does_not_stay(engine: FakeEngine, settings: Config, state: State) -> None:
+    """It was made at a wrong HEAD_ADDR; the next `up` makes it at the right one."""
+    engine.leave(force=False)
+    swarm.ensure_swarm(settings, state)
+    engine.add_node("head", "head-1")
+    member = Member(engine, "c1")
+    member.refusal = "Timeout was reached"
+    with pytest.raises(ClusterError):
+        _join(settings, state, member)
+    assert engine.left
+    assert not engine.rotated
+    assert not state.path(swarm.MADE_BY_US).exists()
+
+
+def test_swarm_of_somebody_else_stays_when_nobody_can_join(engine: FakeEngine, settings: Config, state: State) -> None:
+    engine.add_node("head", "head-1")
+    member = Member(engine, "c1")
+    member.refusal = "Timeout was reached"
+    with pytest.raises(ClusterError):
+        _join(settings, state, member)
+    assert not engine.left
+    assert engine.rotated
+
+
+def test_real_machine_of_a_swarm_of_ours_that_is_no_more_joins_the_new_one(
+    engine: FakeEngine, settings: Config, state: State
+) -> None:
+    member = Member(engine, "c1", simulated=False)
+    _join(settings, state, member)
+    engine.members.clear()
+    _join(settings, state, member)
+    assert [path for path, _body in member.did] == ["/swarm/join", "/swarm/leave?force=true", "/swarm/join"]
+
+
+def test_machine_leaves_only_a_swarm_that_we_let_it_join(engine: FakeEngine, settings: Config, state: State) -> None:
+    ours, theirs = Member(engine, "c1", simulated=False), Member(engine, "c2", node="2", simulated=False)
+    engine.add_node("c2", "2")
+    _join(settings, state, ours, theirs)
+    swarm.release(state, ours)  # type: ignore[arg-type]
+    swarm.release(state, theirs)  # type: ignore[arg-type]
+    assert (ours.node, theirs.node) == ("", "2")
+    swarm.remove_node(state, "c2", theirs)  # type: ignore[arg-type]
+    assert [node["Description"]["Hostname"] for node in engine.members] == ["c2", "c1"]
+    swarm.remove_node(state, "c1", ours)  # type: ignore[arg-type]
+    assert [node["Description"]["Hostname"] for node in engine.members] == ["c2"]
+
+
 def test_former_self_of_a_machine_is_forgotten_and_a_lost_machine_is_not(
     engine: FakeEngine, settings: Config, state: State
 ) -> None:
@@ -342,18 +411,18 @@ def test_unlabelled_worker_keeps_what_else_it_has(engine: FakeEngine) -> None:
     swarm.unlabel_worker("nobody")
 
 
-def test_lost_machine_is_forgotten_without_being_asked(engine: FakeEngine) -> None:
+def test_lost_machine_is_forgotten_without_being_asked(engine: FakeEngine, state: State) -> None:
     engine.add_node("c1", "1", "down")
     assert swarm.address_of("c1") == "addr-c1"
-    swarm.remove_node("c1")
+    swarm.remove_node(state, "c1")
     assert engine.members == []
     assert swarm.address_of("c1") == ""
 
 
-def test_machine_that_answers_leaves_before_it_is_forgotten(engine: FakeEngine) -> None:
+def test_machine_that_answers_leaves_before_it_is_forgotten(engine: FakeEngine, state: State) -> None:
     member = Member(engine, "c1", node="1")
     engine.add_node("c1", "1")
-    swarm.remove_node("c1", member)  # type: ignore[arg-type]
+    swarm.remove_node(state, "c1", member)  # type: ignore[arg-type]
     assert member.did == [("/swarm/leave?force=true", None)]
     assert engine.members == []
 
