@@ -24,7 +24,12 @@ install_engine() {
     fi
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -q
-    apt-get install -q -y --no-install-recommends docker.io iptables ca-certificates
+    # Newer releases have the client, and what it builds images with, in packages of their own.
+    local packages=(ca-certificates docker.io iptables) package
+    for package in docker-buildx docker-cli; do
+        if apt-cache show "$package" >/dev/null 2>&1; then packages+=("$package"); fi
+    done
+    apt-get install -q -y --no-install-recommends "${packages[@]}"
 }
 
 main() {
