@@ -5,6 +5,7 @@ the machines themselves, so nothing here has to be carried from one run to the n
 """
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -169,8 +170,11 @@ class Cluster:
 
     # --- more or fewer workers ---------------------------------------------------------------------------------------
 
-    def scale(self, workers: int) -> None:
+    def scale(self, wanted: str) -> None:
         """Have so many simulated workers; those with the highest numbers go first, drained.
+
+        Args:
+            wanted: how many, as it was written.
 
         Raises:
             ClusterError: the number is none that can be, or the workers are real machines.
@@ -181,20 +185,21 @@ class Cluster:
                 "the workers are real machines, which cannot be made",
                 "./invoke add-worker ADDRESS, ./invoke remove-worker NAME",
             )
+        workers = int(wanted) if re.fullmatch("[0-9]{1,4}", wanted) else 0
         if not 1 <= workers <= config.MAX_LOCAL_WORKERS:
             raise ClusterError(
-                f"there cannot be {workers} workers", f"name a number from 1 to {config.MAX_LOCAL_WORKERS}"
+                f"there cannot be {wanted} workers", f"name a number from 1 to {config.MAX_LOCAL_WORKERS}"
             )
         with self.state.lock("scale"):
             self._must_run()
             names = _simulated_names(self.configured, self.state)
             spare = (name for name in map("c{}".format, range(1, config.MAX_LOCAL_WORKERS + 1)) if name not in names)
             added = [next(spare) for _ in range(workers - len(names))]
-            wanted = sorted([*names[:workers], *added], key=simulated.number)
+            left = sorted([*names[:workers], *added], key=simulated.number)
             report = Report(again=f"./invoke scale {workers}")
             for name in names[workers:]:
                 self._remove_worker(report, name)
-            _record(self.configured, self.state, wanted)
+            _record(self.configured, self.state, left)
             self._up(report)
 
     def add_worker(self, addr: str) -> None:

@@ -203,7 +203,7 @@ def test_first_up_makes_as_many_machines_as_config_says(world: World) -> None:
 
 
 def test_scale_up_is_remembered(world: World) -> None:
-    world.cluster().scale(3)
+    world.cluster().scale("3")
     assert _made(world) == "c1,c2,c3"
     world.cluster().up()
     assert _made(world) == "c1,c2,c3"
@@ -211,7 +211,7 @@ def test_scale_up_is_remembered(world: World) -> None:
 
 def test_scale_down_drains_before_it_removes_and_takes_the_highest(world: World) -> None:
     world.there = ["c1", "c2", "c3"]
-    world.cluster(LOCAL_WORKERS="3").scale(2)
+    world.cluster(LOCAL_WORKERS="3").scale("2")
     assert world.did[:8] == [
         "packages.ensure_root",
         "slurm.drain ['c3'] cfiddle: the worker is being removed",
@@ -231,12 +231,12 @@ def test_gap_that_a_removal_left_is_filled_first(world: World) -> None:
     world.there = ["c1", "c2", "c3"]
     world.cluster(LOCAL_WORKERS="3").remove_worker("c2")
     assert world.there == ["c1", "c3"]
-    world.cluster(LOCAL_WORKERS="3").scale(3)
+    world.cluster(LOCAL_WORKERS="3").scale("3")
     assert _made(world) == "c1,c2,c3"
 
 
 def test_config_that_was_changed_has_the_last_word(world: World) -> None:
-    world.cluster().scale(3)
+    world.cluster().scale("3")
     world.cluster(LOCAL_WORKERS="4").up()
     assert _made(world) == "c1,c2,c3,c4"
 
@@ -245,12 +245,12 @@ def test_machines_beyond_what_config_says_now_stay_until_they_are_scaled_away(wo
     world.there = ["c1", "c2", "c3"]
     world.cluster(LOCAL_WORKERS="1").up()
     assert _made(world) == "c1,c2,c3"
-    world.cluster(LOCAL_WORKERS="1").scale(1)
+    world.cluster(LOCAL_WORKERS="1").scale("1")
     assert world.there == ["c1"]
 
 
-@pytest.mark.parametrize("count", [-1, 0, 65])
-def test_number_of_workers_that_cannot_be_is_refused(world: World, count: int) -> None:
+@pytest.mark.parametrize("count", ["-1", "0", "65", "two", "1.5", "", "1000000", "٣"])
+def test_number_of_workers_that_cannot_be_is_refused(world: World, count: str) -> None:
     with pytest.raises(ClusterError, match=f"there cannot be {count} workers") as caught:
         world.cluster().scale(count)
     assert "1 to 64" in caught.value.remedy
@@ -260,7 +260,7 @@ def test_number_of_workers_that_cannot_be_is_refused(world: World, count: int) -
 def test_cluster_that_does_not_run_is_not_scaled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_module.services, "container", lambda _service: None)
     with pytest.raises(ClusterError, match="the cluster does not run"):
-        world.cluster().scale(3)
+        world.cluster().scale("3")
     assert world.verbs() == ["packages.ensure_root"]
 
 
@@ -350,7 +350,7 @@ def test_simulated_and_real_workers_are_not_mixed(world: World) -> None:
     with pytest.raises(ClusterError, match="workers are simulated"):
         world.cluster().add_worker("10.0.0.4")
     with pytest.raises(ClusterError, match="real machines, which cannot be made"):
-        world.cluster(**REAL).scale(3)
+        world.cluster(**REAL).scale("3")
     assert set(world.verbs()) == {"packages.ensure_root"}
 
 
