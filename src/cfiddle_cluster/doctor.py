@@ -6,6 +6,7 @@ It changes nothing, and works before the first `up`, after it, and with machines
 import hashlib
 import json
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -199,6 +200,15 @@ def _engine(_config: Config, fact: Facts) -> Iterator[Finding]:
             yield Finding(MEND, fact.name, "no Docker Engine, no apt-get", "install Docker Engine by hand")
         return
     faults = swarm.engine_faults(info)
+    client = info.get("ClientInfo") or {}
+    # Since that version the client builds with a plugin only (docs.docker.com/engine/release-notes/23.0).
+    version = re.match("[0-9]+", str(client.get("Version", "")))
+    if "head" in fact.machine.roles and version and int(version[0]) >= 23:
+        plugins = [plugin.get("Name") for plugin in client.get("Plugins") or []]
+        if "buildx" not in plugins:
+            faults.append(
+                ("the docker client has no buildx, so no image can be built", "apt-get install docker-buildx")
+            )
     for what, mend in faults:
         yield Finding(MEND, fact.name, what, mend)
     if not faults:

@@ -191,6 +191,9 @@ def test_what_is_good_to_know_need_not_be_mended(patient: Patient, changes: dict
         ("head", {"listeners": {("tcp", 4789): "nginx"}}),  # not the protocol that Swarm uses
         ("c1", {"listeners": {("tcp", 2377): "nginx", ("tcp", 8888): "python3"}}),  # the head's ports
         ("c1", {"values": {"no-turbo": "1"}}),
+        ("c1", {"engine": INFO | {"ClientInfo": {"Version": "26.1.5", "Plugins": []}}}),  # nothing is built there
+        ("head", {"engine": INFO | {"ClientInfo": {"Version": "26.1.5", "Plugins": [{"Name": "buildx"}]}}}),
+        ("head", {"engine": INFO | {"ClientInfo": {"Debug": False, "Plugins": None}}}),  # the client of 20.10
         ("c1", {"offset_s": 30.0, "offset_error_s": 29.0}),  # a slow answer proves nothing
         ("head", {"pmu": [], "values": {"governor": "powersave"}}),  # nothing is measured there
     ],
