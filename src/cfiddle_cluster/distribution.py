@@ -43,12 +43,13 @@ for pid in $pids; do wait "$pid" || status=1; done
 exit "$status"
 """
 
-# Removes the cluster's images but NAME…; one that a container still uses stays, and goes the next time.
+# Removes the cluster's images but NAME…, also where they carry a registry's address; one that a container still uses
+# stays, and goes the next time. The Debian that the others are made of stays.
 _REMOVE_OUTDATED = """
 set -eu
 docker image ls --filter label="$1" --format '{{.Repository}}:{{.Tag}}' | while read -r image; do
-    case " $* " in *" ${image} "*) continue ;; esac
-    case "$image" in cfiddle-*:*) docker image rm "$image" >/dev/null 2>&1 || true ;; esac
+    case " $* cfiddle-debian:${image##*:} " in *" ${image##*/} "*) continue ;; esac
+    case "${image##*/}" in cfiddle-*:*) docker image rm "$image" >/dev/null 2>&1 || true ;; esac
 done
 docker image prune --force --filter label="$1" >/dev/null
 """

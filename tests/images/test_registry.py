@@ -204,12 +204,14 @@ def test_registry_that_is_not_there_is_told_from_a_wrong_password(place: Place) 
 def test_outdated_images_go_unless_a_container_uses_them(place: Place, worker: Machine, built: dict[str, str]) -> None:
     registry.ensure_trust(place.settings, place.state, [worker])
     references, _ = distribute(place, worker, built)
-    worker.run(["docker", "tag", references["common"], "cfiddle-common:older"], timeout_s=30)
+    for name in ("cfiddle-common:older", "192.0.2.1:5000/cfiddle-common:older", "cfiddle-debian:trixie", "else:1"):
+        worker.run(["docker", "tag", references["common"], name], timeout_s=30)
     used = worker.run(["docker", "image", "inspect", "--format", "{{.Id}}", references["registry"]], timeout_s=30)
     worker.run(["docker", "run", "--detach", references["registry"], "sleep", "infinity"], timeout_s=60)
     distribution.remove_outdated([worker], {"common": built["common"]})
     names = worker.run(["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"], timeout_s=30).split()
     assert built["common"] in names
-    assert "cfiddle-common:older" not in names
+    assert {"cfiddle-debian:trixie", "else:1"} <= set(names)
+    assert not [name for name in names if name.endswith("cfiddle-common:older")]
     assert built["registry"] not in names
     assert used in worker.run(["docker", "image", "ls", "--quiet", "--no-trunc"], timeout_s=30)
