@@ -21,7 +21,6 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.services import (
     NAMESPACE,
-    container,
     is_manager,
     live_tasks,
     running_tasks,
@@ -34,8 +33,6 @@ from cfiddle_cluster.wait import wait_until
 SECRETS = ("munge-key", "database-password", "jupyter-token")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
 IMAGES = ("mysql", "cluster", "agent", "sandbox", "user")
-
-__all__ = ["container", "deploy", "remove", "services", "wait_until_healthy"]
 
 WORKER_SERVICES = ("slurmd", "agent")
 """The services that a job runs in: never replaced while one does."""
@@ -64,13 +61,13 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
     """
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
-    drained = _drain(values)
+    _drain_if_changing(values)
     argv = [docker_cli(), "stack", "deploy", "--with-registry-auth", "--resolve-image", "never"]
     argv += ["--compose-file", str(config.root / "docker-compose.yml"), STACK]
     run(argv, timeout_s=120, env={**os.environ, **values})
     wait_until_healthy(timeout_s=START_TIMEOUT_S)
-    if drained:
-        slurm.resume(drained)
+    # Also those that a deploy drained which was then interrupted.
+    slurm.resume(name for name, node in slurm.nodes().items() if node.reason == DRAIN_REASON)
     _remove_unused(set(names.values()))
 
 
@@ -184,19 +181,28 @@ def _number(value: int) -> str:
 
 def definitions(compose: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, str]:
     """Return a hash of all that makes up each of the services that jobs run in, as the label that it carries."""
-    unknown = {_variable("DEFINITION", service): "" for service in WORKER_SERVICES}
-    return {
-        _variable("DEFINITION", service): hashlib.sha256(
-            Template(json.dumps([compose["services"][service], compose["volumes"]], sort_keys=True))
-            .substitute(values, **unknown)
-            .encode()
-        ).hexdigest()[:12]
-        for service in WORKER_SERVICES
-    }
+    known = {**values, **{_variable("DEFINITION", service): "" for service in WORKER_SERVICES}}
+    found = {}
+    for service in WORKER_SERVICES:
+        text = json.dumps(_everything_of(compose, service), sort_keys=True)
+        digest = hashlib.sha256(Template(text).substitute(known).encode())
+        found[_variable("DEFINITION", service)] = digest.hexdigest()[:12]
+    return found
 
 
-def _drain(values: Mapping[str, str]) -> list[str]:
-    """Let the workers run empty if a service that jobs run in will change; return the nodes to resume afterwards."""
+def _everything_of(compose: Mapping[str, Any], service: str) -> list[Any]:
+    """Return a service's section of the stack file and what it refers to in others: names of content, and volumes."""
+    section = compose["services"][service]
+    mounts = [mount.partition(":")[0] for mount in section["volumes"] if isinstance(mount, str)]
+    return [
+        section,
+        *(compose[kind][item["source"]] for kind in ("secrets", "configs") for item in section.get(kind, [])),
+        *(compose["volumes"][mount] for mount in mounts if mount in compose["volumes"]),
+    ]
+
+
+def _drain_if_changing(values: Mapping[str, str]) -> None:
+    """Let the workers run empty if a service that jobs run in will change."""
     there = {str(service.name).removeprefix(f"{STACK}_"): service for service in services()}
     changing = [
         service
@@ -210,10 +216,6 @@ def _drain(values: Mapping[str, str]) -> list[str]:
                 f"{' and '.join(changing)} would be replaced, but slurmctld does not say whether jobs run",
                 "./invoke logs slurmctld shows why; ./invoke down, then ./invoke up, if no job matters",
             )
-        free = [name for name, node in slurm.nodes().items() if not node.is_drained]
-        slurm.drain(free, DRAIN_REASON)
+        taking_jobs = [name for name, node in slurm.nodes().items() if node.is_answering and not node.is_drained]
+        slurm.drain(taking_jobs, DRAIN_REASON)
         slurm.wait_until_empty(slurm.nodes(), timeout_s=DRAIN_TIMEOUT_S)
-    if "slurmctld" in there and slurm.is_answering():
-        # Also those that a deploy drained which was then interrupted.
-        return [name for name, node in slurm.nodes().items() if node.is_drained and node.reason == DRAIN_REASON]
-    return []

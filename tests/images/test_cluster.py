@@ -1,4 +1,4 @@
-"""Slurm's daemons in four containers on a network of their own, without a swarm: what each does, and what it survives."""
+"""Slurm's daemons in containers on a network of their own, without a swarm: what each does, and what it survives."""
 
 import secrets
 import subprocess
@@ -233,6 +233,7 @@ def test_container_without_its_key_or_role_does_not_start(start: Start, munge_ke
 
 
 def test_image_has_fixed_ids_no_key_and_a_worker_s_python(image: Callable[[str], str]) -> None:
-    script = "id -u munge; id -u slurm; ls /etc/munge; python3 -I -c 'import agent.call, cfiddle, cloudpickle, delegate_function.hop'"
+    imports = "import agent.call, cfiddle, cloudpickle, delegate_function.hop"
+    script = f"id -u munge; id -u slurm; ls /etc/munge; python3 -I -c '{imports}'"
     argv = [docker_cli(), "run", "--rm", "--network=none", "--entrypoint=sh", image("cluster"), "-c", script]
     assert run(argv, timeout_s=60).split() == ["801", "802"]

@@ -1,0 +1,274 @@
+"""The stack file, what fills it in, and when a deploy lets the workers run empty."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from docker.errors import APIError
+
+import samples
+from cfiddle_cluster import stack
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.slurm import Node
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+REFERENCES = {name: f"10.0.0.1:5000/cfiddle-{name}@sha256:{name}" for name in stack.IMAGES}
+NAMES = {
+    f"{kind}_{name.upper().replace('-', '_').replace('.', '_')}": f"slurm-stack_{name}-0123456789ab"
+    for kind, names in (("SECRET", stack.SECRETS), ("CONFIG", stack.CONFIGS))
+    for name in names
+}
+
+
+def values(**settings: str) -> dict[str, str]:
+    return stack._values(samples.config(ROOT, **settings), REFERENCES, NAMES)
+
+
+def sources(service: str) -> list[str]:
+    return [mount if isinstance(mount, str) else mount["type"] for mount in SERVICES[service].get("volumes", [])]
+
+
+def test_every_name_in_the_stack_file_has_a_value_and_no_value_is_unused() -> None:
+    text = "\n".join(
+        line for line in (ROOT / "docker-compose.yml").read_text().splitlines() if line.lstrip()[:1] != "#"
+    )
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values())
+
+
+def test_services_are_those_of_the_cluster() -> None:
+    assert set(SERVICES) == {"mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost"}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_service_needs_no_kernel_with_ipvs_and_no_rights(name: str) -> None:
+    service = SERVICES[name]
+    assert service["deploy"]["endpoint_mode"] == "dnsrr"
+    assert all(port["mode"] == "host" for port in service.get("ports", []))
+    assert not {"privileged", "cap_add", "devices", "pid", "ipc", "security_opt"} & set(service)
+    assert service["deploy"]["labels"]["cfiddle.cluster"] == service["labels"]["cfiddle.cluster"] == "cfiddle"
+    assert service["logging"]["options"]["max-size"]
+
+
+def test_only_the_agent_has_the_engine_s_socket_and_it_has_no_homes() -> None:
+    holders = {name for name in SERVICES if any("docker.sock" in mount for mount in sources(name))}
+    assert holders == {"agent"}
+    assert not any("home" in mount for mount in sources("agent"))
+
+
+def test_the_database_is_reached_from_slurmdbd_alone() -> None:
+    assert {name for name, service in SERVICES.items() if "database" in service["networks"]} == {"mysql", "slurmdbd"}
+    assert SERVICES["mysql"]["networks"] == ["database"]
+
+
+def test_secrets_are_readable_for_those_alone_who_need_them() -> None:
+    held = {
+        (name, secret["source"], secret["uid"])
+        for name, service in SERVICES.items()
+        for secret in service.get("secrets", [])
+        if secret["mode"] == 0o400
+    }
+    assert held == {
+        ("mysql", "database-password", "803"),
+        ("slurmdbd", "database-password", "0"),
+        ("userhost", "jupyter-token", "1000"),
+        *((name, "munge-key", "801") for name in ("slurmdbd", "slurmctld", "slurmd", "userhost")),
+    }
+
+
+def test_state_is_on_volumes_and_grants_are_written_by_slurmd_alone() -> None:
+    assert "mysql:/var/lib/mysql" in sources("mysql")
+    assert "slurm:/var/lib/slurm" in sources("slurmctld")
+    assert "grants:/run/cfiddle-grants:ro" in sources("agent")
+    assert "agent-socket:/run/cfiddle-agent:ro" in sources("slurmd")
+    assert all("cfiddle.cluster" in volume["labels"] for volume in COMPOSE["volumes"].values())
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_image_of_a_service_has_a_health_check(name: str) -> None:
+    image = SERVICES[name]["image"].removeprefix("${IMAGE_").removesuffix("}").lower()
+    assert "HEALTHCHECK" in (ROOT / "images" / image / "Dockerfile").read_text()
+
+
+def test_other_homes_are_another_volume() -> None:
+    bind, nfs = values(HOME_STORAGE="bind"), values(HOME_STORAGE="nfs", HOME_SERVER="10.0.0.9")
+    assert bind["HOME_TYPE"] == "none"
+    assert nfs["HOME_TYPE"] == "nfs"
+    assert bind["HOME_VOLUME"] != nfs["HOME_VOLUME"]
+
+
+def test_simulated_workers_say_what_config_sh_says_and_real_ones_what_they_have() -> None:
+    assert values(LOCAL_WORKER_CPUS="8", LOCAL_WORKER_MEMORY_MB="2000")["SLURMD_CPUS"] == "8"
+    assert values()["SLURMD_CPUS"] == ""
+    assert values(LOCAL_WORKER_CPUS="8", WORKER_ADDRS="10.0.0.2")["SLURMD_CPUS"] == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "changes"),
+    [
+        ({"IMAGE_CLUSTER": "new"}, {"slurmd"}),
+        ({"IMAGE_AGENT": "new"}, {"agent"}),
+        ({"IMAGE_SANDBOX": "new"}, {"agent"}),
+        ({"CONFIG_POLICY_YAML": "new"}, {"agent"}),
+        ({"SECRET_MUNGE_KEY": "new"}, {"slurmd"}),
+        ({"IMAGE_USER": "new", "CONFIG_SLURM_CONF": "new", "JUPYTER_PORT": "1"}, set()),
+    ],
+)
+def test_definition_of_a_worker_s_service_changes_with_what_it_runs_from(
+    changed: dict[str, str], changes: set[str]
+) -> None:
+    before = stack.definitions(COMPOSE, values())
+    after = stack.definitions(COMPOSE, values() | changed)
+    assert {
+        name
+        for name in stack.WORKER_SERVICES
+        if before[f"DEFINITION_{name.upper()}"] != after[f"DEFINITION_{name.upper()}"]
+    } == changes
+
+
+class Deployed:
+    """A stack that runs, and what a deploy does to it, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, labels: dict[str, str]) -> None:
+        self.events: list[str] = []
+        self.nodes = {
+            "c1": Node("c1", "allocated", True),
+            "c2": Node("c2", "drained", True, "disk is broken"),
+            "c3": Node("c3", "down", False, "Not responding"),
+        }
+        self.is_answering = True
+        self.tasks: list[dict[str, Any]] = [{}]
+        found = [
+            SimpleNamespace(name=f"slurm-stack_{name}", attrs={"Spec": {"Labels": {"cfiddle.definition": label}}})
+            for name, label in labels.items()
+        ]
+        monkeypatch.setattr(stack, "services", lambda: found)
+        monkeypatch.setattr(stack, "running_tasks", lambda _service: self.tasks)
+        monkeypatch.setattr(stack, "_ensure_secrets", lambda _state: {})
+        monkeypatch.setattr(stack, "_ensure_configs", lambda _root: NAMES)
+        monkeypatch.setattr(stack, "_remove_unused", lambda _used: self.events.append("tidy"))
+        monkeypatch.setattr(stack, "run", self.run)
+        monkeypatch.setattr(stack, "wait_until_healthy", lambda **_: self.events.append("healthy"))
+        monkeypatch.setattr(stack.slurm, "nodes", lambda: self.nodes)
+        monkeypatch.setattr(stack.slurm, "is_answering", lambda: self.is_answering)
+        monkeypatch.setattr(stack.slurm, "drain", self.drain)
+        monkeypatch.setattr(stack.slurm, "resume", lambda names: self.events.append(f"resume {' '.join(names)}"))
+        monkeypatch.setattr(stack.slurm, "wait_until_empty", lambda _names, **_: self.events.append("empty"))
+
+    def run(self, argv: list[str], **_: Any) -> str:
+        self.events.append(" ".join(argv[1:3]))
+        return ""
+
+    def drain(self, names: list[str], reason: str) -> None:
+        self.events.append(f"drain {' '.join(names)}")
+        for name in names:
+            self.nodes[name] = Node(name, "drained", True, reason)
+
+    def deploy(self) -> list[str]:
+        state: Any = None
+        stack.deploy(samples.config(ROOT), state, REFERENCES)
+        return self.events
+
+
+def labels() -> dict[str, str]:
+    return {name: values()[f"DEFINITION_{name.upper()}"] for name in stack.WORKER_SERVICES}
+
+
+def test_workers_run_empty_before_what_jobs_run_in_changes_and_take_jobs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Deployed(monkeypatch, {**labels(), "slurmd": "older"}).deploy()
+    assert events == ["drain c1", "empty", "stack deploy", "healthy", "resume c1", "tidy"]
+
+
+def test_nothing_is_drained_when_nothing_of_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Deployed(monkeypatch, labels()).deploy() == ["stack deploy", "healthy", "resume ", "tidy"]
+
+
+def test_nodes_that_an_interrupted_deploy_drained_take_jobs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed = Deployed(monkeypatch, labels())
+    deployed.nodes["c1"] = Node("c1", "drained", True, stack.DRAIN_REASON)
+    assert "resume c1" in deployed.deploy()
+
+
+def test_workers_are_not_replaced_while_nobody_knows_whether_jobs_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed = Deployed(monkeypatch, {**labels(), "agent": "older"})
+    deployed.is_answering = False
+    with pytest.raises(ClusterError, match="agent would be replaced"):
+        deployed.deploy()
+    assert deployed.events == []
+    deployed.tasks = []
+    assert "stack deploy" in deployed.deploy(), "where no slurmd runs, no job does"
+
+
+class Kept:
+    """Swarm's secrets and configurations."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, dict[str, Any]] = {}
+        self.in_use: set[str] = set()
+
+    def create_secret(self, name: str, data: bytes, labels: dict[str, str]) -> None:
+        assert data
+        self.there[name] = {"ID": name, "Spec": {"Name": name, "Labels": labels}}
+
+    create_config = create_secret
+
+    def secrets(self, filters: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        wanted = (filters or {}).get("label", "")
+        return [
+            item
+            for item in self.there.values()
+            if not wanted or wanted in [f"{key}={value}" for key, value in item["Spec"]["Labels"].items()]
+        ]
+
+    def configs(self, filters: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        return [] if filters else self.secrets()
+
+    def remove_secret(self, identity: str) -> None:
+        if identity in self.in_use:
+            response: Any = SimpleNamespace(status_code=400)
+            raise APIError("in use", response=response)
+        del self.there[identity]
+
+    remove_config = remove_secret
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
+    found = Kept()
+    monkeypatch.setattr(stack.engine, "client", lambda: SimpleNamespace(api=found))
+    return found
+
+
+def test_a_secret_is_made_once_and_a_changed_one_beside_it_until_the_old_one_is_unused(kept: Kept) -> None:
+    content = dict.fromkeys(stack.SECRETS, "0123456789")
+    state: Any = SimpleNamespace(secret=content.__getitem__)
+    first = stack._ensure_secrets(state)
+    assert stack._ensure_secrets(state) == first
+    assert len(kept.there) == len(stack.SECRETS)
+    assert not any("0123456789" in name for name in kept.there)
+    kept.create_secret("of-the-registry", b"x", {"cfiddle.cluster": "cfiddle"})
+
+    content["munge-key"] = "another"
+    second = stack._ensure_secrets(state)
+    assert set(first.values()) | set(second.values()) <= set(kept.there)
+    kept.in_use = {first["SECRET_MUNGE_KEY"]}
+    stack._remove_unused(set(second.values()))
+    assert first["SECRET_MUNGE_KEY"] in kept.there
+    kept.in_use = set()
+    stack._remove_unused(set(second.values()))
+    assert set(kept.there) == {*second.values(), "of-the-registry"}
+
+
+def test_a_changed_configuration_has_another_name(kept: Kept, tmp_path: Path) -> None:
+    for path in stack.CONFIGS.values():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("a setting\n")
+    first = stack._ensure_configs(tmp_path)
+    assert stack._ensure_configs(tmp_path) == first
+    (tmp_path / "conf" / "slurm.conf").write_text("another setting\n")
+    second = stack._ensure_configs(tmp_path)
+    assert {name for name in first if first[name] != second[name]} == {"CONFIG_SLURM_CONF"}
