@@ -6,15 +6,17 @@ from live import LiveCluster, docker
 
 KNOCK = r"""
 import socket, sys
-open_ = []
+answering = []
 for place in sys.argv[1:]:
     host, port = place.rsplit(":", 1)
     try:
-        socket.create_connection((host, int(port)), timeout=2).close()
-        open_.append(place)
+        with socket.create_connection((host, int(port)), timeout=2) as server:
+            # MariaDB speaks first. A proxy on the way out of the cluster may take any connection, and then say nothing.
+            if port != "3306" or server.recv(100):
+                answering.append(place)
     except OSError:
         pass
-print("open", sorted(open_))
+print("answering", sorted(answering))
 """
 
 IN_SANDBOX = """
@@ -48,7 +50,7 @@ def test_database_is_reached_from_slurmdbd_alone(cluster: LiveCluster) -> None:
         "job step": cluster.user(["srun", "python3", "-c", KNOCK, *places], timeout_s=120),
         "sandbox": cluster.user(["python3", "-c", IN_SANDBOX, KNOCK, *places], timeout_s=120),
     }.items():
-        assert result.ok().strip() == "open []", where
+        assert result.ok().strip() == "answering []", where
     script = f"python3 - {' '.join(places)} <<'END'\n{KNOCK}\nEND"
     assert "mysql:3306" in cluster.in_service("slurmdbd", script).ok(), "the knocker is good for something"
 
@@ -58,14 +60,15 @@ def test_slurmdbd_is_not_reached_from_a_sandbox(cluster: LiveCluster) -> None:
     hosts |= dict.fromkeys([*_addresses(cluster, "slurmctld"), cluster.config.head_addr])
     places = [f"{host}:{port}" for host in hosts for port in (6817, 6818, 6819)]
     result = cluster.user(["python3", "-c", IN_SANDBOX, KNOCK, *places], timeout_s=200)
-    assert result.ok().strip() == "open []"
+    assert result.ok().strip() == "answering []"
 
 
 def test_slurmdbd_tells_a_user_their_own_and_takes_no_orders(cluster: LiveCluster) -> None:
     job = cluster.sbatch("true", "test_user1")
     cluster.wait_for_state(job, "COMPLETED")
     assert str(job) not in cluster.user("sacct -a -X -n -P -o JobID -S now-1day", "test_user2").ok().split()
-    before = cluster.slurm("sacctmgr -n -P show user,assoc format=User,Account,AdminLevel,Fairshare")
+    show = "sacctmgr -n -P show user format=User,AdminLevel; sacctmgr -n -P show assoc format=User,Account,Fairshare"
+    before = cluster.slurm(show)
     for command in (
         "sacctmgr -i delete user test_user1",
         "sacctmgr -i add account mine",
@@ -74,7 +77,7 @@ def test_slurmdbd_tells_a_user_their_own_and_takes_no_orders(cluster: LiveCluste
         "sacctmgr -i modify user test_user2 set adminlevel=Operator",
     ):
         cluster.user(command, "test_user2", timeout_s=60)
-    assert cluster.slurm("sacctmgr -n -P show user,assoc format=User,Account,AdminLevel,Fairshare") == before
+    assert cluster.slurm(show) == before
 
 
 def test_secrets_are_nowhere_a_user_can_read(cluster: LiveCluster) -> None:

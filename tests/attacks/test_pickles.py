@@ -51,7 +51,8 @@ def test_privileged_programs_do_not_know_pickle(cluster: LiveCluster) -> None:
         "print(sorted(set(sys.modules) & {'pickle', '_pickle', 'cloudpickle', 'shelve', 'dill'}))"
     )
     assert cluster.in_service("agent", f'python3 -c "{program}"', worker).ok().strip() == "[]"
-    for variable in ("Prolog", "Epilog"):
-        text = cluster.slurm(f"scontrol show config | grep -E '^{variable}(\\[0\\])? '")
-        script = text.split("=", 1)[1].strip()
+    text = cluster.slurm("scontrol show config | grep -E '^(Prolog|Epilog)[[]'")
+    scripts = [line.split("=", 1)[1].strip() for line in text.splitlines()]
+    assert scripts
+    for script in scripts:
         assert "python" not in cluster.in_service("slurmd", f"cat {script}", worker).ok().lower(), script

@@ -92,13 +92,13 @@ def test_config_names_everything_that_is_wrong_at_once(checkout: Path) -> None:
 
 
 def test_head_address_of_another_machine(checkout: Path) -> None:
-    _set(checkout, "HEAD_ADDR=192.0.2.1")
-    _refused(_up(checkout), "192.0.2.1")
+    _set(checkout, "HEAD_ADDR=203.0.113.1")
+    _refused(_up(checkout), "203.0.113.1")
 
 
 def test_worker_that_cannot_be_reached(checkout: Path) -> None:
-    _set(checkout, "WORKER_ADDRS=192.0.2.1")
-    _refused(_up(checkout), "192.0.2.1")
+    _set(checkout, "WORKER_ADDRS=203.0.113.1")
+    _refused(_up(checkout), "203.0.113.1")
 
 
 def test_port_that_is_in_use(checkout: Path) -> None:

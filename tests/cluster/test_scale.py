@@ -67,9 +67,9 @@ def test_remove_worker_that_is_none_changes_nothing(cluster: LiveCluster) -> Non
 
 
 def test_add_worker_at_an_address_where_nobody_answers(cluster: LiveCluster) -> None:
-    # 192.0.2.0/24 is for documentation (RFC 5737): no machine has such an address.
-    result = invoke("add-worker", "192.0.2.1", timeout_s=90)
+    # 203.0.113.0/24 is for documentation (RFC 5737): no machine has such an address.
+    result = invoke("add-worker", "203.0.113.1", timeout_s=90)
     assert result.exit_status == 1
-    assert "192.0.2.1" in result.output
+    assert "203.0.113.1" in result.output
     assert "Traceback" not in result.output
     assert sorted(cluster.nodes()) == cluster.workers
