@@ -263,10 +263,12 @@ def _create_service(
 
 
 def _remove_service(client: DockerClient) -> None:
+    of_service = {"label": f"com.docker.swarm.service.name={SERVICE}"}
     with suppress(NotFound):
         client.services.get(SERVICE).remove()
     wait_until(
-        lambda: not client.containers.list(all=True, filters={"label": f"com.docker.swarm.service.name={SERVICE}"}),
+        # Listing looks at each container, of which one may be gone by then.
+        lambda: not client.containers.list(all=True, filters=of_service, ignore_removed=True),
         timeout_s=60,
         what="the registry's container to be gone",
         remedy=f"docker ps --all --filter name={SERVICE} shows it",
