@@ -74,8 +74,8 @@ class Cluster:
 
     # --- up ----------------------------------------------------------------------------------------------------------
 
-    def up(self, until: str = "ready") -> None:
-        """Do every step, in order, up to a named one; each does only what is missing.
+    def up(self, until: str = "") -> None:
+        """Do every step, in order, or those up to a named one; each does only what is missing.
 
         Raises:
             ClusterError: a step fails, or another command is at work.
@@ -83,10 +83,10 @@ class Cluster:
         packages.ensure_root()
         with self.state.lock("up"):
             self._up(Report(again="./invoke up"), until)
-        if until == "ready":
+        if not until:
             print(self._greeting())
 
-    def _up(self, report: Report, until: str = "ready") -> None:
+    def _up(self, report: Report, until: str = "") -> None:
         def engine_() -> None:
             packages.ensure_commands()
             self.state.ensure(self.config.head_addr)
@@ -117,6 +117,7 @@ class Cluster:
             "stack": ("services", lambda: stack.deploy(self.config, self.state, references)),
             "users": ("users: associations in Slurm", lambda: users.ensure_associations(self.state)),
             "ready": ("a job on each worker", lambda: readiness.wait_until_ready(self._machines())),
+            "tidy": ("images of before", lambda: distribution.remove_outdated(self._machines(), built)),
         }
         for name, (title, step) in steps.items():
             with report.step(title):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from docker.errors import APIError
 
-from cfiddle_cluster import engine, homes, slurm
+from cfiddle_cluster import engine, homes, registry, slurm
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
@@ -62,7 +62,9 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
     _drain_if_changing(values)
-    argv = [docker_cli(), "stack", "deploy", "--with-registry-auth", "--resolve-image", "never"]
+    # The registry's account goes with the services, so that a worker which lost an image pulls it again.
+    argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
+    argv += ["--with-registry-auth", "--resolve-image", "never"]
     argv += ["--compose-file", str(config.root / "docker-compose.yml"), STACK]
     run(argv, timeout_s=120, env={**os.environ, **values})
     wait_until_healthy(timeout_s=START_TIMEOUT_S)

@@ -38,6 +38,7 @@ class World:
             "slurm": "drain wait_until_empty delete_node set_down",
             "readiness": "wait_until_ready",
             "images": "remove_images",
+            "distribution": "remove_outdated",
         }.items():
             for name in names.split():
                 self._replace(module, name, self._note(f"{module}.{name}"))
@@ -123,6 +124,7 @@ UP = [
     "stack.deploy",
     "users.ensure_associations",
     "readiness.wait_until_ready",
+    "distribution.remove_outdated",
 ]
 
 

@@ -151,6 +151,7 @@ class Deployed:
         monkeypatch.setattr(stack, "_ensure_secrets", lambda _state: {})
         monkeypatch.setattr(stack, "_ensure_configs", lambda _root: NAMES)
         monkeypatch.setattr(stack, "_remove_unused", lambda _used: self.events.append("tidy"))
+        monkeypatch.setattr(stack.registry, "docker_config", lambda _config, _state: Path("/account"))
         monkeypatch.setattr(stack, "run", self.run)
         monkeypatch.setattr(stack, "wait_until_healthy", lambda **_: self.events.append("healthy"))
         monkeypatch.setattr(stack.slurm, "nodes", lambda: self.nodes)
@@ -160,7 +161,8 @@ class Deployed:
         monkeypatch.setattr(stack.slurm, "wait_until_empty", lambda _names, **_: self.events.append("empty"))
 
     def run(self, argv: list[str], **_: Any) -> str:
-        self.events.append(" ".join(argv[1:3]))
+        assert argv[1:3] == ["--config", "/account"]
+        self.events.append(" ".join(argv[3:5]))
         return ""
 
     def drain(self, names: list[str], reason: str) -> None:
