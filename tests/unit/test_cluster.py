@@ -300,7 +300,7 @@ def test_worker_that_was_added_is_remembered(world: World) -> None:
     world.there = ["10.0.0.2", "10.0.0.3"]
     cluster = world.cluster(**REAL)
     cluster.add_worker("10.0.0.4")
-    assert world.verbs()[-1] == "readiness.wait_until_ready"
+    assert world.verbs()[-1] == UP[-1]
     assert [line for line in world.did if line.startswith("install ")][:3] == [
         "install 10.0.0.2",
         "install 10.0.0.3",
