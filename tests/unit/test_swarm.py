@@ -134,8 +134,10 @@ def test_swarm_is_made_at_the_head_s_address_and_remembered(engine: FakeEngine, 
     engine.leave(force=False)
     swarm.ensure_swarm(settings, state)
     assert engine.addresses == {"advertise_addr": "10.0.0.1", "listen_addr": "0.0.0.0:2377"}
+    assert state.read_json(swarm.MADE_BY_US, None) == {"id": "swarm-1"}
     swarm.leave(state)
     assert engine.left
+    assert not state.path(swarm.MADE_BY_US).exists()
 
 
 def test_swarm_that_was_there_before_is_used_and_not_left(engine: FakeEngine, settings: Config, state: State) -> None:
@@ -425,6 +427,12 @@ def test_machine_that_answers_leaves_before_it_is_forgotten(engine: FakeEngine, 
     swarm.remove_node(state, "c1", member)  # type: ignore[arg-type]
     assert member.did == [("/swarm/leave?force=true", None)]
     assert engine.members == []
+
+
+def test_swarm_made_by_somebody_since_is_not_left(engine: FakeEngine, state: State) -> None:
+    state.write_json(swarm.MADE_BY_US, {"id": "swarm-0"})
+    swarm.leave(state)
+    assert not engine.left
 
 
 def test_machine_without_a_swarm_has_nothing_to_leave(engine: FakeEngine, state: State) -> None:
