@@ -122,7 +122,8 @@ def set_down(names: Iterable[str], reason: str) -> None:
 
 def resume(names: Iterable[str]) -> None:
     """Let the nodes that are drained take jobs again."""
-    drained = [node.name for node in nodes().values() if node.name in set(names) and node.is_drained]
+    wanted = set(names)
+    drained = [node.name for node in nodes().values() if node.name in wanted and node.is_drained]
     if drained:
         slurm(["scontrol", "update", f"nodename={','.join(drained)}", "state=resume"])
 
