@@ -1,5 +1,6 @@
 """Who joins the swarm, who sees the token, whose labels change, and what is refused before anything is done."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,8 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.api = self.swarm = self
+        self.bridges: list[str] = []
+        self.networks = SimpleNamespace(list=self._networks)
         self.is_manager = True
         self.local_state, self.node = "active", "head-1"
         self.options: dict[str, Any] = {}
@@ -86,6 +89,10 @@ class FakeEngine:
 
     def leave(self, force: bool) -> None:
         self.left, self.is_manager, self.local_state, self.node = force, False, "inactive", ""
+
+    def _networks(self, names: list[str]) -> list[Any]:
+        assert names == ["^docker_gwbridge$"]
+        return [SimpleNamespace(remove=lambda name=name: self.bridges.remove(name)) for name in self.bridges]
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.members
@@ -134,10 +141,21 @@ def test_swarm_is_made_at_the_head_s_address_and_remembered(engine: FakeEngine, 
     engine.leave(force=False)
     swarm.ensure_swarm(settings, state)
     assert engine.addresses == {"advertise_addr": "10.0.0.1", "listen_addr": "0.0.0.0:2377"}
-    assert state.read_json(swarm.MADE_BY_US, None) == {"id": "swarm-1"}
+    assert state.read_json(swarm.MADE_BY_US, None) == {"id": "swarm-1", "had_bridge": False}
+    engine.bridges.append("docker_gwbridge")
     swarm.leave(state)
     assert engine.left
+    assert engine.bridges == []
     assert not state.path(swarm.MADE_BY_US).exists()
+
+
+def test_bridge_that_was_there_before_the_swarm_stays(engine: FakeEngine, settings: Config, state: State) -> None:
+    engine.leave(force=False)
+    engine.bridges.append("docker_gwbridge")
+    swarm.ensure_swarm(settings, state)
+    swarm.leave(state)
+    assert engine.left
+    assert engine.bridges == ["docker_gwbridge"]
 
 
 def test_swarm_that_was_there_before_is_used_and_not_left(engine: FakeEngine, settings: Config, state: State) -> None:
