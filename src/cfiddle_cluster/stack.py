@@ -90,7 +90,10 @@ def remove(*, timeout_s: float = 120) -> None:
         )
     of_stack = {"label": f"{NAMESPACE}={STACK}"}
     wait_until(
-        lambda: not client.containers.list(all=True, filters=of_stack) and not client.networks.list(filters=of_stack),
+        lambda: (
+            not client.containers.list(all=True, ignore_removed=True, filters=of_stack)
+            and not client.networks.list(filters=of_stack)
+        ),
         timeout_s=timeout_s,
         what="the stack's containers and networks to be gone from this machine",
         remedy=f"docker ps --all --filter label={NAMESPACE}={STACK} shows the containers",
