@@ -66,11 +66,21 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
     argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
     argv += ["--with-registry-auth", "--resolve-image", "never"]
     argv += ["--compose-file", str(config.root / "docker-compose.yml"), STACK]
-    run(argv, timeout_s=120, env={**os.environ, **values})
-    wait_until_healthy(timeout_s=START_TIMEOUT_S)
-    # Also those that a deploy drained which was then interrupted.
-    slurm.resume(name for name, node in slurm.nodes().items() if node.reason == DRAIN_REASON)
+    try:
+        run(argv, timeout_s=120, env={**os.environ, **values})
+        wait_until_healthy(timeout_s=START_TIMEOUT_S)
+    except ClusterError:
+        # One machine that does not come up is no reason for the others to stand idle.
+        if slurm.is_answering():
+            _resume()
+        raise
+    _resume()
     _remove_unused(set(names.values()))
+
+
+def _resume() -> None:
+    """Let the nodes take jobs again that this deploy drained, or one that was interrupted."""
+    slurm.resume(name for name, node in slurm.nodes().items() if node.reason == DRAIN_REASON)
 
 
 def remove(*, timeout_s: float = 120) -> None:
