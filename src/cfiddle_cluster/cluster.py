@@ -160,6 +160,11 @@ class Cluster:
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
             simulated.ensure_machines(self.config, self.state, names, image)
+        elif left := simulated.existing():
+            raise ClusterError(
+                f"WORKER_ADDRS names real machines, and the simulated ones {', '.join(left)} are still there",
+                "./invoke down takes them away; state and homes stay",
+            )
         else:
             script = (self.config.root / "install_docker.sh").read_text()
             timeout_s = packages.INSTALL_TIMEOUT_S
@@ -358,10 +363,10 @@ class Cluster:
         with report.step("services"):
             stack.remove()
             registry.remove_registry(purge=purge)
-        if self.config.simulated:
+        if self.config.simulated or simulated.existing():
             with report.step("simulated machines"):
                 simulated.remove_all(purge=purge)
-        elif self.state.exists:
+        if not self.config.simulated and self.state.exists:
             with report.step("real machines"):
                 self._release_workers(report, purge=purge)
         with report.step("swarm"):

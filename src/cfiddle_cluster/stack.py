@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from docker.errors import APIError
 
+from agent import policy
 from cfiddle_cluster import engine, homes, registry, slurm
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
@@ -57,8 +58,9 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         references: for each image, by its short name, what the machines' engines know it by.
 
     Raises:
-        ClusterError: jobs did not end in time, or a service does not become healthy.
+        ClusterError: policy.yaml is wrong, jobs did not end in time, or a service does not become healthy.
     """
+    _check_policy(config.root, references["sandbox"])
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
     _drain_if_changing(values)
@@ -130,6 +132,14 @@ def _ensure_secrets(state: State) -> dict[str, str]:
         if name not in there:
             api.create_secret(name, value, labels=_LABELS)
     return names
+
+
+def _check_policy(root: Path, sandbox_image: str) -> None:
+    """Find out here what every agent would find out after it was replaced."""
+    try:
+        policy.load(root / "policy.yaml", sandbox_image=sandbox_image)
+    except policy.PolicyError as error:
+        raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 
 
 def _ensure_configs(root: Path) -> dict[str, str]:

@@ -274,3 +274,12 @@ def test_a_changed_configuration_has_another_name(kept: Kept, tmp_path: Path) ->
     (tmp_path / "conf" / "slurm.conf").write_text("another setting\n")
     second = stack._ensure_configs(tmp_path)
     assert {name for name in first if first[name] != second[name]} == {"CONFIG_SLURM_CONF"}
+
+
+def test_wrong_policy_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deployed = Deployed(monkeypatch, {**labels(), "agent": "older"})
+    (tmp_path / "policy.yaml").write_text("version: 1\nprofile: {}\n")
+    state: Any = None
+    with pytest.raises(ClusterError, match="profile"):
+        stack.deploy(samples.config(tmp_path), state, REFERENCES)
+    assert deployed.events == []
