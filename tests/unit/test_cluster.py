@@ -318,6 +318,7 @@ def test_worker_that_was_added_is_remembered(world: World) -> None:
 
 
 def test_worker_that_cannot_join_is_not_remembered(world: World) -> None:
+    world.there = []
     world.there = ["w1", "w2"]
     world.failing["swarm.ensure_joined"] = ClusterError("10.0.0.4 belongs to another swarm", "docker swarm leave")
     with pytest.raises(ClusterError, match="another swarm"):
@@ -326,6 +327,7 @@ def test_worker_that_cannot_join_is_not_remembered(world: World) -> None:
 
 
 def test_worker_that_is_a_member_already_is_remembered_whatever_fails_afterwards(world: World) -> None:
+    world.there = []
     world.there = ["w1", "w2"]
     world.failing["distribution.distribute"] = ClusterError("the disk of 10.0.0.4 is full", "make room")
     with pytest.raises(ClusterError, match="is full"):
@@ -352,6 +354,7 @@ def test_lost_worker_with_a_name_for_an_address_is_forgotten(world: World, monke
 
 
 def test_addresses_in_config_that_were_changed_have_the_last_word(world: World) -> None:
+    world.there = []
     world.there = ["w1", "w2"]
     world.cluster(**REAL).add_worker("10.0.0.4")
     assert world.cluster(WORKER_ADDRS="10.0.0.7").config.worker_addrs == ("10.0.0.7",)
