@@ -6,6 +6,7 @@ What a service runs from is named by its content, so a service changes when, and
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -58,9 +59,11 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         references: for each image, by its short name, what the machines' engines know it by.
 
     Raises:
-        ClusterError: policy.yaml is wrong, jobs did not end in time, or a service does not become healthy.
+        ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
+            become healthy.
     """
     _check_policy(config.root, references["sandbox"])
+    _check_port(config.jupyter_port)
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
     _drain_if_changing(values)
@@ -140,6 +143,23 @@ def _check_policy(root: Path, sandbox_image: str) -> None:
         policy.load(root / "policy.yaml", sandbox_image=sandbox_image)
     except policy.PolicyError as error:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
+
+
+def _check_port(port: int) -> None:
+    """Find out before the users' node is replaced whether the new one could have its port."""
+    userhost = next((found for found in services() if found.name == f"{STACK}_userhost"), None)
+    ports = userhost.attrs["Spec"].get("EndpointSpec", {}).get("Ports", []) if userhost else []
+    if port in [published["PublishedPort"] for published in ports]:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port}, which JupyterLab shall have, is in use",
+                "set JUPYTER_PORT in config.sh to a free one, or end what uses it (ss -ltnp shows it)",
+            ) from error
 
 
 def _ensure_configs(root: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,6 @@ def checkout(cluster: LiveCluster, tmp_path: Path) -> Iterator[Path]:
         shutil.copy2(ROOT / name, root / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, root / name, symlinks=True)
-    (root / ".venv").symlink_to(ROOT / ".venv")
     before = _state(cluster)
     yield root
     assert _state(cluster) == before
@@ -61,7 +61,8 @@ def _set(root: Path, text: str) -> None:
 
 
 def _up(root: Path, timeout_s: float = 120) -> Result:
-    return run([root / "invoke", "up"], cwd=root, timeout_s=timeout_s)
+    # In this checkout's environment: the launcher would make another one for the copy each time.
+    return run([sys.executable, "-m", "invoke", "--search-root", root, "up"], cwd=root, timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The stack file, what fills it in, and when a deploy lets the workers run empty."""
 
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +147,8 @@ class Deployed:
             SimpleNamespace(name=f"slurm-stack_{name}", attrs={"Spec": {"Labels": {"cfiddle.definition": label}}})
             for name, label in labels.items()
         ]
+        ports = {"EndpointSpec": {"Ports": [{"PublishedPort": 8888}]}}
+        found.append(SimpleNamespace(name="slurm-stack_userhost", attrs={"Spec": {"Labels": {}, **ports}}))
         monkeypatch.setattr(stack, "services", lambda: found)
         monkeypatch.setattr(stack, "running_tasks", lambda _service: self.tasks)
         monkeypatch.setattr(stack, "_ensure_secrets", lambda _state: {})
@@ -282,4 +285,16 @@ def test_wrong_policy_is_refused_before_anything_changes(monkeypatch: pytest.Mon
     state: Any = None
     with pytest.raises(ClusterError, match="profile"):
         stack.deploy(samples.config(tmp_path), state, REFERENCES)
+    assert deployed.events == []
+
+
+def test_port_of_somebody_else_is_refused_before_anything_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deployed = Deployed(monkeypatch, labels())
+    state: Any = None
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {port}"):
+            stack.deploy(samples.config(ROOT, JUPYTER_PORT=str(port)), state, REFERENCES)
     assert deployed.events == []
