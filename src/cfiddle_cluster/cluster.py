@@ -107,10 +107,10 @@ class Cluster:
         steps: dict[str, tuple[str, Callable[[], object]]] = {
             "engine": ("packages, Docker Engine, secrets", engine_),
             "images": ("images", images_),
-            "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
             "machines": ("machines", lambda: self._ensure_machines(built["machine"])),
             "swarm": ("swarm", self._ensure_swarm),
             "labels": ("labels", lambda: swarm.ensure_labels(self._head, self._machines())),
+            "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
             "registry": ("registry", registry_),
             "distribution": ("images to all machines", distribution_),
             "accounts": ("users: homes and accounts", lambda: users.ensure_accounts(self.config, self.state)),
@@ -159,6 +159,7 @@ class Cluster:
     def _ensure_machines(self, image: str) -> None:
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
+            homes.ensure_root(self.config)  # they have it mounted from their first moment
             simulated.ensure_machines(self.config, self.state, names, image)
         elif left := simulated.existing():
             raise ClusterError(

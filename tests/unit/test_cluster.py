@@ -30,7 +30,7 @@ class World:
         self._monkeypatch = monkeypatch
         for module, names in {
             "packages": "ensure_root ensure_commands ensure_engine",
-            "homes": "ensure_homes purge",
+            "homes": "ensure_root ensure_homes purge",
             "swarm": "ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
             "registry": "ensure_registry remove_registry remove_trust",
             "users": "ensure_accounts ensure_associations",
@@ -119,11 +119,12 @@ UP = [
     "state.ensure",
     "packages.ensure_engine",
     "images.build",
-    "homes.ensure_homes",
+    "homes.ensure_root",
     "simulated.ensure_machines",
     "swarm.ensure_swarm",
     "swarm.ensure_joined",
     "swarm.ensure_labels",
+    "homes.ensure_homes",
     "registry.ensure_registry",
     "distribution.distribute",
     "users.ensure_accounts",
