@@ -6,7 +6,6 @@ the machines themselves, so nothing here has to be carried from one run to the n
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +88,7 @@ class Cluster:
     def _up(self, report: Report, until: str = "") -> None:
         def engine_() -> None:
             packages.ensure_commands()
+            swarm.refuse_other_address(self.config)
             self.state.ensure(self.config.head_addr)
             packages.ensure_engine(self.config, self.state)
 
@@ -278,7 +278,7 @@ class Cluster:
                 simulated.remove_machine(name)
                 left = [other for other in _simulated_names(self.configured, self.state) if other != name]
             else:
-                left = [other for other in self.config.worker_addrs if addr not in (other, _resolved(other))]
+                left = [other for other in self.config.worker_addrs if addr not in (other, machines.resolved(other))]
             _record(self.configured, self.state, left)
 
     def _reachable(self, name: str) -> Machine | None:
@@ -391,14 +391,6 @@ class Cluster:
         for addr in [machine.addr for machine in listed if machine.addr not in {found.addr for found in answering}]:
             report.note(f"{addr} does not answer; should it come back, run there: docker swarm leave --force")
         machines.on_each(answering, release)
-
-
-def _resolved(addr: str) -> str:
-    """Return the number behind an address, by which the swarm knows a machine that does not answer any more."""
-    try:
-        return socket.gethostbyname(addr)
-    except OSError:
-        return addr
 
 
 def _with_workers(configured: Config, state: State) -> Config:

@@ -11,7 +11,7 @@ from docker.errors import APIError
 from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.machines import Machine, on_each
+from cfiddle_cluster.machines import Machine, on_each, resolved
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
@@ -33,6 +33,22 @@ _SERVICE_NAMES = frozenset({"localhost", "mysql", "slurmdbd", "slurmctld", "slur
 def is_manager() -> bool:
     """Tell whether the head's engine manages a swarm."""
     return bool(engine.client().info()["Swarm"]["ControlAvailable"])
+
+
+def refuse_other_address(config: Config) -> None:
+    """Make sure that a swarm which is there already has `HEAD_ADDR` for its manager.
+
+    Raises:
+        ClusterError: it has another one, which cannot be changed: its members know it by that.
+    """
+    if not engine.is_running() or not is_manager():
+        return
+    address = str(engine.client().info()["Swarm"]["NodeAddr"])
+    if address not in (config.head_addr, resolved(config.head_addr)):
+        raise ClusterError(
+            f"this machine's swarm is at {address}, and HEAD_ADDR is {config.head_addr}",
+            f"set HEAD_ADDR={address} in config.sh; or ./invoke down, which leaves a swarm that ./invoke up made",
+        )
 
 
 def ensure_swarm(config: Config, state: State) -> None:

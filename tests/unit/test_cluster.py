@@ -31,7 +31,7 @@ class World:
         for module, names in {
             "packages": "ensure_root ensure_commands ensure_engine",
             "homes": "ensure_root ensure_homes purge",
-            "swarm": "ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
+            "swarm": "refuse_other_address ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
             "registry": "ensure_registry remove_registry remove_trust",
             "users": "ensure_accounts ensure_associations",
             "stack": "deploy remove remove_volumes",
@@ -116,6 +116,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 UP = [
     "packages.ensure_root",
     "packages.ensure_commands",
+    "swarm.refuse_other_address",
     "state.ensure",
     "packages.ensure_engine",
     "images.build",
@@ -347,8 +348,7 @@ def test_lost_worker_with_a_name_for_an_address_is_forgotten(world: World, monke
     world.there = ["lab-2", "lab-3"]
     world.silent = {"lab-3"}
     numbers = {"lab-2": "10.0.0.2", "lab-3": "10.0.0.3"}
-    socket = SimpleNamespace(gethostbyname=lambda addr: numbers[addr])
-    monkeypatch.setattr(cluster_module, "socket", socket)
+    monkeypatch.setattr(cluster_module.machines, "resolved", lambda addr: numbers[addr])
     monkeypatch.setattr(cluster_module.swarm, "address_of", lambda name: numbers[name])
     world.cluster(WORKER_ADDRS="lab-2 lab-3").remove_worker("lab-3")
     assert world.cluster(WORKER_ADDRS="lab-2 lab-3").config.worker_addrs == ("lab-2",)

@@ -57,6 +57,7 @@ class FakeEngine:
         self.bridges: list[str] = []
         self.networks = SimpleNamespace(list=self._networks)
         self.is_manager = True
+        self.address = "10.0.0.1"
         self.local_state, self.node = "active", "head-1"
         self.options: dict[str, Any] = {}
         self.members: list[dict[str, Any]] = []
@@ -79,6 +80,7 @@ class FakeEngine:
 
     def info(self) -> dict[str, Any]:
         swarm = {"ControlAvailable": self.is_manager, "LocalNodeState": self.local_state, "NodeID": self.node}
+        swarm["NodeAddr"] = self.address
         return self.options | {"Swarm": swarm}
 
     def init(self, **addresses: str) -> None:
@@ -458,3 +460,14 @@ def test_machine_without_a_swarm_has_nothing_to_leave(engine: FakeEngine, state:
     swarm.leave(state)
     assert not engine.left
     assert swarm.worker_names() == []
+
+
+def test_swarm_at_another_address_is_refused(
+    engine: FakeEngine, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swarm.engine, "is_running", lambda: True)
+    swarm.refuse_other_address(config(tmp_path, HEAD_ADDR="10.0.0.1"))
+    with pytest.raises(ClusterError, match=r"at 10\.0\.0\.1, and HEAD_ADDR is 10\.0\.0\.2"):
+        swarm.refuse_other_address(config(tmp_path, HEAD_ADDR="10.0.0.2"))
+    engine.is_manager = False
+    swarm.refuse_other_address(config(tmp_path, HEAD_ADDR="10.0.0.2"))
