@@ -384,7 +384,7 @@ def pack(
         raise CallNotSent(f"the call cannot be pickled: {type(error).__name__}: {error}") from error
     if packages is not None:
         by_value = {name.partition(".")[0] for name in cloudpickle.list_registry_pickle_by_value()}
-        roots = {name.partition(".")[0] for name in modules}
+        roots = {"cloudpickle", *(name.partition(".")[0] for name in modules)}  # what comes back needs cloudpickle
         known = {"__main__", "__mp_main__", __package__, *sys.stdlib_module_names, *by_value}
         for root in sorted(roots - known):
             if root in sys.modules and (version := inside.package_version(root)):
@@ -498,7 +498,7 @@ def _travel(spec: dict[str, Any], payload: _Payload, result: _Result, info: Call
         spec = {**spec, "kind": first["type"], "hops": rest, "hop": spec["hop"] + 1}
     number = spec["hop"]
     header = frames.encode_json(frames.SPEC, spec)
-    where = hop.describe(first["type"], number, spec["of"], remote.node(first) if first["type"] == "ssh" else "")
+    where = hop.describe(first["type"], number, spec["of"], remote.node(first))
     process = launch.start(first, where)
     assert isinstance(process, launch.Process)
     process.link.send(header)
