@@ -34,6 +34,7 @@ from delegate_function.errors import (
 
 _TAIL = 2000
 _MAX_HOOK = 64 * 1024
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 class CallInfo:
@@ -370,12 +371,12 @@ def pack(
 
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         def reducer_override(self, candidate: Any) -> Any:
+            reduced = super().reducer_override(candidate)
             if isinstance(candidate, types.ModuleType):
                 modules.add(candidate.__name__)
-            else:
-                named = candidate if isinstance(candidate, type | types.FunctionType) else type(candidate)
-                modules.add(str(named.__module__))
-            return super().reducer_override(candidate)
+            elif reduced is NotImplemented and isinstance(candidate, _NAMED):
+                modules.add(str(candidate.__module__))  # it travels as its name
+            return reduced
 
     buffer = io.BytesIO()
     try:

@@ -367,9 +367,15 @@ def test_packages_of_other_versions_are_named_before_the_call(demonstration: Any
 
 
 def test_packages_that_the_call_does_not_name_may_differ(demonstration: Any, tmp_path: Path) -> None:
+    def seven() -> int:
+        return 7
+
+    class Local:
+        go = staticmethod(seven)
+
+    Local.__module__ = seven.__module__ = demonstration.__name__  # as what a decorator of that package makes
     (tmp_path / "demonstration/__init__.py").write_text("__version__ = '3'")
-    TWO().invoke(TestClass(), "hello")
-    del demonstration
+    assert TWO().invoke(Local(), "go") == 7
 
 
 def test_the_package_and_its_project_have_one_version() -> None:
