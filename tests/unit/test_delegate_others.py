@@ -244,11 +244,15 @@ def test_a_machine_that_does_not_let_us_in_is_named(sshd: list[str]) -> None:
         stranger.invoke(TestClass(), "hello")
 
 
-def test_another_version_of_the_package_is_named_before_the_call(sshd: list[str], tmp_path: Path) -> None:
+def test_another_version_of_the_package_is_named_before_the_call(sshd: list[str], far: Far, tmp_path: Path) -> None:
     other = Far(tmp_path, version="0.9.7")
     delegate = SSHDelegate(getpass.getuser(), "127.0.0.1", ssh_options=sshd, delegate_executable_path=other.hop)
     with pytest.raises(VersionMismatch, match=r"hop 1 of 1 \(ssh on .*delegate_function 1\.\S+ .*here it is 0\.9\.7"):
         delegate.invoke(Visitor(), "leave")
+    # Also where it would only pass the call on.
+    delegate.set_subdelegate(SubprocessDelegate(delegate_executable_path=far.hop))
+    with pytest.raises(VersionMismatch, match=r"hop 1 of 2 \(ssh on .*here it is 0\.9\.7"):
+        delegate.invoke(Visitor(), "look")
 
 
 def test_ssh_never_asks(bin_directory: Path) -> None:

@@ -1,6 +1,7 @@
 """What a chain does on its way without leaving a process: fresh directories, hooks, descriptions bound late; and what
 the caller types."""
 
+import io
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ from delegate_function import (
     TestClass,
     TrivialDelegate,
     VersionMismatch,
+    frames,
     inside,
     steps,
 )
@@ -185,12 +187,23 @@ def test_a_hook_that_fails_ends_the_call() -> None:
 
 
 @pytest.mark.usefixtures("enabled")
-def test_what_a_hook_writes_counts_towards_what_the_caller_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    megabytes = 3
-    talkative = (ShellCommandClass(["head", "-c", str(megabytes * 1024**2 + 17), "/dev/zero"]), "run", (), {})
-    flood = ShellCommandClass(["head", "-c", str(megabytes * 1024**2), "/dev/zero"])
+def test_what_a_hook_writes_counts_towards_what_the_caller_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = 3 * frames.WINDOW + 17, 3 * frames.WINDOW
+
+    class Slow(io.StringIO):
+        """A stream that is slow when what the hook wrote has come."""
+
+        def write(self, text: str) -> int:
+            if self.tell() == first:
+                time.sleep(0.7)
+            return super().write(text)
+
+    stream = Slow()
+    monkeypatch.setattr(sys, "stdout", stream)
+    talkative = (ShellCommandClass(["head", "-c", str(first), "/dev/zero"]), "run", (), {})
+    flood = ShellCommandClass(["head", "-c", str(second), "/dev/zero"])
     SubprocessDelegate(SubprocessDelegate(debug_pre_hook=talkative)).invoke(flood, "run")
-    assert len(capsys.readouterr().out) == 2 * megabytes * 1024**2 + 17
+    assert len(stream.getvalue()) == first + second
 
 
 @pytest.mark.usefixtures("enabled")
