@@ -21,6 +21,9 @@ from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
 
+NOBODY = "172.31.240.99"
+"""An address of the simulated machines' network that none of them has."""
+
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost")
 MACHINE = "cfiddle-machine-"

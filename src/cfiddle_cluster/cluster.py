@@ -6,7 +6,6 @@ the machines themselves, so nothing here has to be carried from one run to the n
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,8 +73,8 @@ class Cluster:
 
     # --- up ----------------------------------------------------------------------------------------------------------
 
-    def up(self, until: str = "ready") -> None:
-        """Do every step, in order, up to a named one; each does only what is missing.
+    def up(self, until: str = "") -> None:
+        """Do every step, in order, or those up to a named one; each does only what is missing.
 
         Raises:
             ClusterError: a step fails, or another command is at work.
@@ -83,12 +82,13 @@ class Cluster:
         packages.ensure_root()
         with self.state.lock("up"):
             self._up(Report(again="./invoke up"), until)
-        if until == "ready":
+        if not until:
             print(self._greeting())
 
-    def _up(self, report: Report, until: str = "ready") -> None:
+    def _up(self, report: Report, until: str = "") -> None:
         def engine_() -> None:
             packages.ensure_commands()
+            swarm.refuse_other_address(self.config)
             self.state.ensure(self.config.head_addr)
             packages.ensure_engine(self.config, self.state)
 
@@ -107,16 +107,17 @@ class Cluster:
         steps: dict[str, tuple[str, Callable[[], object]]] = {
             "engine": ("packages, Docker Engine, secrets", engine_),
             "images": ("images", images_),
-            "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
             "machines": ("machines", lambda: self._ensure_machines(built["machine"])),
             "swarm": ("swarm", self._ensure_swarm),
             "labels": ("labels", lambda: swarm.ensure_labels(self._head, self._machines())),
+            "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
             "registry": ("registry", registry_),
             "distribution": ("images to all machines", distribution_),
             "accounts": ("users: homes and accounts", lambda: users.ensure_accounts(self.config, self.state)),
             "stack": ("services", lambda: stack.deploy(self.config, self.state, references)),
             "users": ("users: associations in Slurm", lambda: users.ensure_associations(self.state)),
             "ready": ("a job on each worker", lambda: readiness.wait_until_ready(self._machines())),
+            "tidy": ("images of before", lambda: distribution.remove_outdated(self._machines(), built)),
         }
         for name, (title, step) in steps.items():
             with report.step(title):
@@ -158,7 +159,13 @@ class Cluster:
     def _ensure_machines(self, image: str) -> None:
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
+            homes.ensure_root(self.config)  # they have it mounted from their first moment
             simulated.ensure_machines(self.config, self.state, names, image)
+        elif left := simulated.existing():
+            raise ClusterError(
+                f"WORKER_ADDRS names real machines, and the simulated ones {', '.join(left)} are still there",
+                "./invoke down takes them away; state and homes stay",
+            )
         else:
             script = (self.config.root / "install_docker.sh").read_text()
             timeout_s = packages.INSTALL_TIMEOUT_S
@@ -271,7 +278,7 @@ class Cluster:
                 simulated.remove_machine(name)
                 left = [other for other in _simulated_names(self.configured, self.state) if other != name]
             else:
-                left = [other for other in self.config.worker_addrs if addr not in (other, _resolved(other))]
+                left = [other for other in self.config.worker_addrs if addr not in (other, machines.resolved(other))]
             _record(self.configured, self.state, left)
 
     def _reachable(self, name: str) -> Machine | None:
@@ -357,10 +364,10 @@ class Cluster:
         with report.step("services"):
             stack.remove()
             registry.remove_registry(purge=purge)
-        if self.config.simulated:
+        if self.config.simulated or simulated.existing():
             with report.step("simulated machines"):
                 simulated.remove_all(purge=purge)
-        elif self.state.exists:
+        if not self.config.simulated and self.state.exists:
             with report.step("real machines"):
                 self._release_workers(report, purge=purge)
         with report.step("swarm"):
@@ -384,14 +391,6 @@ class Cluster:
         for addr in [machine.addr for machine in listed if machine.addr not in {found.addr for found in answering}]:
             report.note(f"{addr} does not answer; should it come back, run there: docker swarm leave --force")
         machines.on_each(answering, release)
-
-
-def _resolved(addr: str) -> str:
-    """Return the number behind an address, by which the swarm knows a machine that does not answer any more."""
-    try:
-        return socket.gethostbyname(addr)
-    except OSError:
-        return addr
 
 
 def _with_workers(configured: Config, state: State) -> Config:

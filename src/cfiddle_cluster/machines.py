@@ -203,6 +203,14 @@ def simulated_worker(state: State, name: str, addr: str) -> Machine:
     return Machine(name=name, addr=addr, roles=frozenset({"worker"}), simulated=True, ssh=ssh)
 
 
+def resolved(addr: str) -> str:
+    """Return the IP address of a host, or what was given where nobody knows it."""
+    try:
+        return socket.gethostbyname(addr)
+    except OSError:
+        return addr
+
+
 def real_worker(config: Config, state: State, addr: str) -> Machine:
     """Return a machine by its address, not yet asked for its name."""
     ssh = _ssh(state, config.ssh_user, addr, config.ssh_key)

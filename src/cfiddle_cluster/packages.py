@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cfiddle_cluster import engine
-from cfiddle_cluster.commands import CommandError, run
+from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
 
 INSTALL_TIMEOUT_S = 900
+FIRST_WITH_PLUGIN = 23
 
 COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
 """The commands that the head needs, and the packages of Debian and Ubuntu that have them."""
@@ -74,13 +75,35 @@ def ensure_test_commands() -> None:
 
 
 def ensure_engine(config: Config, state: State) -> None:
-    """Install Docker Engine if there is none, and start it if it does not run.
+    """Install Docker Engine if there is none, start it if it does not run, and have what it builds images with.
 
     Raises:
         ClusterError: it does not start; the message has the end of its log.
     """
-    if engine.is_running():
-        return
+    if not engine.is_running():
+        _start_engine(config, state)
+    ensure_builder()
+
+
+def ensure_builder() -> None:
+    """Install the plugin that the docker client builds images with, if it is of a version that needs one.
+
+    Since 23.0 it does (docs.docker.com/engine/release-notes/23.0), and the engine's package does not bring it.
+    """
+    version = run([docker_cli(), "version", "--format", "{{.Client.Version}}"], timeout_s=30)
+    if int(version.partition(".")[0]) >= FIRST_WITH_PLUGIN and not _has_builder():
+        ensure_packages(["docker-buildx"])
+
+
+def _has_builder() -> bool:
+    try:
+        run([docker_cli(), "buildx", "version"], timeout_s=30)
+    except CommandError:
+        return False
+    return True
+
+
+def _start_engine(config: Config, state: State) -> None:
     log = state.path("dockerd.log")
     environment = os.environ | {"DOCKERD_LOG": str(log)}
     try:

@@ -27,7 +27,7 @@ def services() -> list[Service]:
 def container(service: str) -> Container | None:
     """Return the running container of one of the head's services; None if there is none."""
     label = f"com.docker.swarm.service.name={STACK}_{service}"
-    running = engine.client().containers.list(filters={"label": label, "status": "running"})
+    running = engine.client().containers.list(ignore_removed=True, filters={"label": label, "status": "running"})
     return max(running, key=lambda found: str(found.attrs["Created"]), default=None)
 
 

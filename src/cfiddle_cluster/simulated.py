@@ -164,7 +164,7 @@ def _machine(state: State, name: str) -> Machine:
 
 
 def _containers() -> list[Container]:
-    return list(engine.client().containers.list(all=True, filters={"label": "cfiddle.machine"}))
+    return list(engine.client().containers.list(all=True, ignore_removed=True, filters={"label": "cfiddle.machine"}))
 
 
 def _has_homes(config: Config, container: Container) -> bool:

@@ -109,20 +109,27 @@ def jobs(node: str | None = None) -> list[Job]:
 
 
 def drain(names: Iterable[str], reason: str) -> None:
-    """Let the nodes take no more jobs; those that run go on."""
-    if names := list(names):
+    """Let those of the nodes that Slurm knows take no more jobs; jobs that run go on."""
+    if names := _known(names):
         slurm(["scontrol", "update", f"nodename={','.join(names)}", "state=drain", f"reason={reason}"])
 
 
+def _known(names: Iterable[str]) -> list[str]:
+    """Return those names that are nodes; a machine whose slurmd never came up is none."""
+    known = nodes()
+    return [name for name in names if name in known]
+
+
 def set_down(names: Iterable[str], reason: str) -> None:
-    """Give the nodes up; the jobs that ran on them end."""
-    if names := list(names):
+    """Give those of the nodes up that Slurm knows; the jobs that ran on them end."""
+    if names := _known(names):
         slurm(["scontrol", "update", f"nodename={','.join(names)}", "state=down", f"reason={reason}"])
 
 
 def resume(names: Iterable[str]) -> None:
     """Let the nodes that are drained take jobs again."""
-    drained = [node.name for node in nodes().values() if node.name in set(names) and node.is_drained]
+    wanted = set(names)
+    drained = [node.name for node in nodes().values() if node.name in wanted and node.is_drained]
     if drained:
         slurm(["scontrol", "update", f"nodename={','.join(drained)}", "state=resume"])
 

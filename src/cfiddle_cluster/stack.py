@@ -6,6 +6,7 @@ What a service runs from is named by its content, so a service changes when, and
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -14,7 +15,8 @@ from typing import Any
 import yaml
 from docker.errors import APIError
 
-from cfiddle_cluster import engine, homes, slurm
+from agent import policy
+from cfiddle_cluster import engine, homes, registry, slurm
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
@@ -57,18 +59,33 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         references: for each image, by its short name, what the machines' engines know it by.
 
     Raises:
-        ClusterError: jobs did not end in time, or a service does not become healthy.
+        ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
+            become healthy.
     """
+    _check_policy(config.root, references["sandbox"])
+    _check_port(config.jupyter_port)
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
     _drain_if_changing(values)
-    argv = [docker_cli(), "stack", "deploy", "--with-registry-auth", "--resolve-image", "never"]
+    # The registry's account goes with the services, so that a worker which lost an image pulls it again.
+    argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
+    argv += ["--with-registry-auth", "--resolve-image", "never"]
     argv += ["--compose-file", str(config.root / "docker-compose.yml"), STACK]
-    run(argv, timeout_s=120, env={**os.environ, **values})
-    wait_until_healthy(timeout_s=START_TIMEOUT_S)
-    # Also those that a deploy drained which was then interrupted.
-    slurm.resume(name for name, node in slurm.nodes().items() if node.reason == DRAIN_REASON)
+    try:
+        run(argv, timeout_s=120, env={**os.environ, **values})
+        wait_until_healthy(timeout_s=START_TIMEOUT_S)
+    except ClusterError:
+        # One machine that does not come up is no reason for the others to stand idle.
+        if slurm.is_answering():
+            _resume()
+        raise
+    _resume()
     _remove_unused(set(names.values()))
+
+
+def _resume() -> None:
+    """Let the nodes take jobs again that this deploy drained, or one that was interrupted."""
+    slurm.resume(name for name, node in slurm.nodes().items() if node.reason == DRAIN_REASON)
 
 
 def remove(*, timeout_s: float = 120) -> None:
@@ -88,7 +105,10 @@ def remove(*, timeout_s: float = 120) -> None:
         )
     of_stack = {"label": f"{NAMESPACE}={STACK}"}
     wait_until(
-        lambda: not client.containers.list(all=True, filters=of_stack) and not client.networks.list(filters=of_stack),
+        lambda: (
+            not client.containers.list(all=True, ignore_removed=True, filters=of_stack)
+            and not client.networks.list(filters=of_stack)
+        ),
         timeout_s=timeout_s,
         what="the stack's containers and networks to be gone from this machine",
         remedy=f"docker ps --all --filter label={NAMESPACE}={STACK} shows the containers",
@@ -115,6 +135,31 @@ def _ensure_secrets(state: State) -> dict[str, str]:
         if name not in there:
             api.create_secret(name, value, labels=_LABELS)
     return names
+
+
+def _check_policy(root: Path, sandbox_image: str) -> None:
+    """Find out here what every agent would find out after it was replaced."""
+    try:
+        policy.load(root / "policy.yaml", sandbox_image=sandbox_image)
+    except policy.PolicyError as error:
+        raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
+
+
+def _check_port(port: int) -> None:
+    """Find out before the users' node is replaced whether the new one could have its port."""
+    userhost = next((found for found in services() if found.name == f"{STACK}_userhost"), None)
+    ports = userhost.attrs["Spec"].get("EndpointSpec", {}).get("Ports", []) if userhost else []
+    if port in [published["PublishedPort"] for published in ports]:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port}, which JupyterLab shall have, is in use",
+                "set JUPYTER_PORT in config.sh to a free one, or end what uses it (ss -ltnp shows it)",
+            ) from error
 
 
 def _ensure_configs(root: Path) -> dict[str, str]:

@@ -150,7 +150,7 @@ def _machines() -> list[dict[str, str]]:
                 "address": node["Status"].get("Addr", ""),
                 "engine": f"Docker {description['Engine']['EngineVersion']}",
             }
-    for container in engine.client().containers.list(all=True, filters={"label": LABEL}):
+    for container in engine.client().containers.list(all=True, ignore_removed=True, filters={"label": LABEL}):
         if str(container.name).startswith(MACHINE_PREFIX):
             name = str(container.name).removeprefix(MACHINE_PREFIX)
             if name not in found:

@@ -11,11 +11,13 @@ from docker.errors import APIError
 from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.machines import Machine, on_each
+from cfiddle_cluster.machines import Machine, on_each, resolved
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
 PORT = 2377
+BRIDGE = "docker_gwbridge"
+"""The network that an engine makes when it first joins a swarm, and never takes away."""
 JOIN_TIMEOUT_S = 60
 MADE_BY_US = "swarm.json"
 """The file of the state that says which swarm `up` made, and so `down` may leave."""
@@ -31,6 +33,22 @@ _SERVICE_NAMES = frozenset({"localhost", "mysql", "slurmdbd", "slurmctld", "slur
 def is_manager() -> bool:
     """Tell whether the head's engine manages a swarm."""
     return bool(engine.client().info()["Swarm"]["ControlAvailable"])
+
+
+def refuse_other_address(config: Config) -> None:
+    """Make sure that a swarm which is there already has `HEAD_ADDR` for its manager.
+
+    Raises:
+        ClusterError: it has another one, which cannot be changed: its members know it by that.
+    """
+    if not engine.is_running() or not is_manager():
+        return
+    address = str(engine.client().info()["Swarm"]["NodeAddr"])
+    if address not in (config.head_addr, resolved(config.head_addr)):
+        raise ClusterError(
+            f"this machine's swarm is at {address}, and HEAD_ADDR is {config.head_addr}",
+            f"set HEAD_ADDR={address} in config.sh; or ./invoke down, which leaves a swarm that ./invoke up made",
+        )
 
 
 def ensure_swarm(config: Config, state: State) -> None:
@@ -52,6 +70,7 @@ def ensure_swarm(config: Config, state: State) -> None:
         )
     if swarm["LocalNodeState"] != "inactive":
         client.swarm.leave(force=True)
+    had_bridge = bool(client.networks.list(names=[f"^{BRIDGE}$"]))
     try:
         client.swarm.init(advertise_addr=config.head_addr, listen_addr=f"0.0.0.0:{PORT}")
     except APIError as error:
@@ -59,7 +78,7 @@ def ensure_swarm(config: Config, state: State) -> None:
             f"the swarm cannot be made at {config.head_addr}: {error.explanation}",
             "HEAD_ADDR in config.sh must be an address of this machine, and port 2377 must be free",
         ) from error
-    state.write_json(MADE_BY_US, {"id": _cluster_id()})
+    state.write_json(MADE_BY_US, {"id": _cluster_id(), "had_bridge": had_bridge})
 
 
 def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> None:
@@ -174,6 +193,9 @@ def leave(state: State) -> None:
     made = state.read_json(MADE_BY_US, None)
     if made and made.get("id") == _cluster_id():
         engine.client().swarm.leave(force=True)
+        if not made.get("had_bridge", True):
+            for network in engine.client().networks.list(names=[f"^{BRIDGE}$"]):
+                network.remove()
         state.path(MADE_BY_US).unlink(missing_ok=True)
         return
     for node in nodes().values():

@@ -117,7 +117,7 @@ def remove(config: Config, state: State, name: str, *, delete_home: bool = False
         raise ClusterError(
             f"{name} belongs to the cluster and stays", "use `./invoke shell` to change what is in its home"
         )
-    # Slurm's commands know people by name, so the account goes last; it may have gone in a removal that was interrupted.
+    # Slurm's commands know people by name, so the account goes last; an interrupted removal may have taken it already.
     _place_accounts([*listing(state), PROBE])
     userhost.end_sessions(user)
     if services.container("slurmctld"):

@@ -2,12 +2,16 @@
 
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from live import ROOT, LiveCluster, Result, docker, run
+from cfiddle_cluster import machines
+from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.state import State
+from live import NOBODY, ROOT, LiveCluster, Result, docker, run
 
 CHECKOUT = (
     "tasks.py",
@@ -31,7 +35,6 @@ def checkout(cluster: LiveCluster, tmp_path: Path) -> Iterator[Path]:
         shutil.copy2(ROOT / name, root / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, root / name, symlinks=True)
-    (root / ".venv").symlink_to(ROOT / ".venv")
     before = _state(cluster)
     yield root
     assert _state(cluster) == before
@@ -61,7 +64,8 @@ def _set(root: Path, text: str) -> None:
 
 
 def _up(root: Path, timeout_s: float = 120) -> Result:
-    return run([root / "invoke", "up"], cwd=root, timeout_s=timeout_s)
+    # In this checkout's environment: the launcher would make another one for the copy each time.
+    return run([sys.executable, "-m", "invoke", "--search-root", root, "up"], cwd=root, timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +100,16 @@ def test_head_address_of_another_machine(checkout: Path) -> None:
     _refused(_up(checkout), "203.0.113.1")
 
 
-def test_worker_that_cannot_be_reached(checkout: Path) -> None:
-    _set(checkout, "WORKER_ADDRS=203.0.113.1")
-    _refused(_up(checkout), "203.0.113.1")
+def test_real_workers_beside_simulated_ones(checkout: Path) -> None:
+    _set(checkout, f"WORKER_ADDRS={NOBODY}")
+    _refused(_up(checkout), "c1, c2", "./invoke down")
+
+
+def test_worker_that_cannot_be_reached(cluster: LiveCluster) -> None:
+    machine = machines.real_worker(cluster.config, State(cluster.config.state_dir), NOBODY)
+    with pytest.raises(ClusterError, match=NOBODY) as caught:
+        machines.named([machine])
+    assert "config.sh" in caught.value.remedy
 
 
 def test_port_that_is_in_use(checkout: Path) -> None:

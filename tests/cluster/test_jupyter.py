@@ -53,6 +53,8 @@ def test_first_experiment_runs_to_its_end_in_a_browser_and_shows_the_plot(cluste
         _log_in(page, cluster)
         page.goto(f"{userhost.address(cluster.config)}/lab/tree/{folder}/first-experiment.ipynb?reset")
         expect(page.locator(".jp-Notebook-cell").first).to_be_visible(timeout=60_000 * PATIENCE)
+        # Without a kernel, Lab would ask which one to run it on.
+        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000 * PATIENCE)
         page.get_by_text("Run", exact=True).first.click()
         page.get_by_text("Run All Cells", exact=True).click()
 

@@ -62,7 +62,7 @@ def test_import_adds_every_user_of_a_file(cluster: LiveCluster, tmp_path: Path) 
     try:
         invoke("import-users", str(file)).ok()
         for name in names:
-            assert cluster.user(["srun", "id", "-un"], name).exit_status == 0
+            assert cluster.user(["srun", "id", "-u"], name).ok().strip() == str(cluster.ids(name)[0])
     finally:
         for name in names:
             invoke("remove-user", name, "--delete-home")

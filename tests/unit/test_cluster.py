@@ -1,6 +1,6 @@
 """The orchestration: which steps run in which order, what is remembered of the workers, what is refused untouched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,24 +30,31 @@ class World:
         self._monkeypatch = monkeypatch
         for module, names in {
             "packages": "ensure_root ensure_commands ensure_engine",
-            "homes": "ensure_homes purge",
-            "swarm": "ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
+            "homes": "ensure_root ensure_homes purge",
+            "swarm": "refuse_other_address ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
             "registry": "ensure_registry remove_registry remove_trust",
             "users": "ensure_accounts ensure_associations",
             "stack": "deploy remove remove_volumes",
             "slurm": "drain wait_until_empty delete_node set_down",
             "readiness": "wait_until_ready",
             "images": "remove_images",
+            "distribution": "remove_outdated",
         }.items():
             for name in names.split():
                 self._replace(module, name, self._note(f"{module}.{name}"))
         self._replace("images", "build", self._note("images.build", {"machine": "m:1", "registry": "r:1"}))
         self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
-        self._replace("simulated", "existing", lambda: list(self.there))
+        self._replace("simulated", "existing", lambda: [name for name in self.there if name.startswith("c")])
         self._replace("simulated", "workers", lambda _state: [machine(name, simulated=True) for name in self.there])
         self._replace("simulated", "ensure_machines", self._ensure_machines)
         self._replace("simulated", "remove_machine", self._remove_machine)
         self._replace("simulated", "remove_all", self._note("simulated.remove_all"))
+        for name in ("examine", "refuse_if_state_exists", "restore_state", "restore_services", "create"):
+            self._replace("backup", name, self._note(f"backup.{name}"))
+        ada = SimpleNamespace(name="ada", uid=2003)
+        self._replace("users", "add", self._note("users.add", ada))
+        self._replace("users", "import_users", self._note("users.import_users", [ada, ada]))
+        self._replace("users", "remove", self._note("users.remove"))
         self._replace("machines", "named", lambda machines: list(machines))
         self._replace("machines", "answering", self._answering)
         self._replace("machines", "real_worker", lambda _config, _state, addr: machine(addr, addr=addr))
@@ -68,7 +75,7 @@ class World:
     def _note(self, what: str, result: Any = None) -> Any:
         def noted(*args: Any, **kwargs: Any) -> Any:
             words = [str(arg) for arg in args if isinstance(arg, str | list)]
-            words += [f"{name}={value}" for name, value in kwargs.items() if name in ("purge",)]
+            words += [f"{name}={value}" for name, value in kwargs.items() if name in ("purge", "delete_home")]
             self.did.append(" ".join([what, *words]))
             if what in self.failing:
                 raise self.failing[what]
@@ -109,20 +116,23 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 UP = [
     "packages.ensure_root",
     "packages.ensure_commands",
+    "swarm.refuse_other_address",
     "state.ensure",
     "packages.ensure_engine",
     "images.build",
-    "homes.ensure_homes",
+    "homes.ensure_root",
     "simulated.ensure_machines",
     "swarm.ensure_swarm",
     "swarm.ensure_joined",
     "swarm.ensure_labels",
+    "homes.ensure_homes",
     "registry.ensure_registry",
     "distribution.distribute",
     "users.ensure_accounts",
     "stack.deploy",
     "users.ensure_associations",
     "readiness.wait_until_ready",
+    "distribution.remove_outdated",
 ]
 
 
@@ -298,7 +308,7 @@ def test_worker_that_was_added_is_remembered(world: World) -> None:
     world.there = ["10.0.0.2", "10.0.0.3"]
     cluster = world.cluster(**REAL)
     cluster.add_worker("10.0.0.4")
-    assert world.verbs()[-1] == "readiness.wait_until_ready"
+    assert world.verbs()[-1] == UP[-1]
     assert [line for line in world.did if line.startswith("install ")][:3] == [
         "install 10.0.0.2",
         "install 10.0.0.3",
@@ -310,6 +320,8 @@ def test_worker_that_was_added_is_remembered(world: World) -> None:
 
 
 def test_worker_that_cannot_join_is_not_remembered(world: World) -> None:
+    world.there = []
+    world.there = ["w1", "w2"]
     world.failing["swarm.ensure_joined"] = ClusterError("10.0.0.4 belongs to another swarm", "docker swarm leave")
     with pytest.raises(ClusterError, match="another swarm"):
         world.cluster(**REAL).add_worker("10.0.0.4")
@@ -317,6 +329,8 @@ def test_worker_that_cannot_join_is_not_remembered(world: World) -> None:
 
 
 def test_worker_that_is_a_member_already_is_remembered_whatever_fails_afterwards(world: World) -> None:
+    world.there = []
+    world.there = ["w1", "w2"]
     world.failing["distribution.distribute"] = ClusterError("the disk of 10.0.0.4 is full", "make room")
     with pytest.raises(ClusterError, match="is full"):
         world.cluster(**REAL).add_worker("10.0.0.4")
@@ -334,14 +348,15 @@ def test_lost_worker_with_a_name_for_an_address_is_forgotten(world: World, monke
     world.there = ["lab-2", "lab-3"]
     world.silent = {"lab-3"}
     numbers = {"lab-2": "10.0.0.2", "lab-3": "10.0.0.3"}
-    socket = SimpleNamespace(gethostbyname=lambda addr: numbers[addr])
-    monkeypatch.setattr(cluster_module, "socket", socket)
+    monkeypatch.setattr(cluster_module.machines, "resolved", lambda addr: numbers[addr])
     monkeypatch.setattr(cluster_module.swarm, "address_of", lambda name: numbers[name])
     world.cluster(WORKER_ADDRS="lab-2 lab-3").remove_worker("lab-3")
     assert world.cluster(WORKER_ADDRS="lab-2 lab-3").config.worker_addrs == ("lab-2",)
 
 
 def test_addresses_in_config_that_were_changed_have_the_last_word(world: World) -> None:
+    world.there = []
+    world.there = ["w1", "w2"]
     world.cluster(**REAL).add_worker("10.0.0.4")
     assert world.cluster(WORKER_ADDRS="10.0.0.7").config.worker_addrs == ("10.0.0.7",)
 
@@ -352,6 +367,67 @@ def test_simulated_and_real_workers_are_not_mixed(world: World) -> None:
     with pytest.raises(ClusterError, match="real machines, which cannot be made"):
         world.cluster(**REAL).scale("3")
     assert set(world.verbs()) == {"packages.ensure_root"}
+
+
+# --- users, backup, restore ------------------------------------------------------------------------------------------
+
+
+def test_users_come_and_go_and_are_told_what_that_means(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = world.cluster()
+    cluster.add_user("ada")
+    cluster.import_users(Path("class.csv"))
+    cluster.remove_user("ada", delete_home=False)
+    cluster.remove_user("ada", delete_home=True)
+    assert world.did == [
+        "packages.ensure_root",
+        "users.add ada",
+        "packages.ensure_root",
+        "users.import_users",
+        "packages.ensure_root",
+        "users.remove ada delete_home=False",
+        "packages.ensure_root",
+        "users.remove ada delete_home=True",
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "ada (uid 2003) can log in: ./invoke shell --user ada",
+        "2 users added: ada, ada",
+        "ada is no user any longer; the home directory is still there",
+        "ada is no user any longer",
+    ]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda cluster: cluster.add_user("ada"),
+        lambda cluster: cluster.remove_user("ada", delete_home=True),
+        lambda cluster: cluster.import_users(Path("class.csv")),
+        lambda cluster: cluster.backup(Path("backup")),
+        lambda cluster: cluster.remove_worker("c1"),
+    ],
+)
+def test_what_needs_the_cluster_says_that_it_does_not_run(
+    world: World, monkeypatch: pytest.MonkeyPatch, act: Callable[[Cluster], None]
+) -> None:
+    monkeypatch.setattr(cluster_module.engine, "is_running", lambda: False)
+    with pytest.raises(ClusterError, match="the cluster does not run") as caught:
+        act(world.cluster())
+    assert caught.value.remedy == "./invoke up"
+    assert world.verbs() == ["packages.ensure_root"]
+
+
+def test_restore_has_secrets_before_and_data_after_the_services_run(world: World) -> None:
+    world.cluster().restore(Path("backup"))
+    to_stack = UP[1 : UP.index("stack.deploy") + 1]
+    first = ["packages.ensure_root", "backup.examine", "backup.refuse_if_state_exists", "backup.restore_state"]
+    assert world.verbs() == [*first, *to_stack, "backup.restore_services", *UP[1:]]
+
+
+def test_restore_over_a_cluster_is_refused_before_anything_is_touched(world: World) -> None:
+    world.failing["backup.refuse_if_state_exists"] = ClusterError("there is a cluster here", "./invoke down --purge")
+    with pytest.raises(ClusterError, match="there is a cluster here"):
+        world.cluster().restore(Path("backup"))
+    assert world.verbs()[-1] == "backup.refuse_if_state_exists"
 
 
 # --- down ------------------------------------------------------------------------------------------------------------
@@ -369,6 +445,16 @@ def test_down_keeps_state_homes_images_and_volumes(world: World) -> None:
     assert world.state.directory.exists()
 
 
+def test_real_workers_do_not_come_beside_simulated_ones(world: World) -> None:
+    world.there = ["c1", "c2"]
+    with pytest.raises(ClusterError, match="the simulated ones c1, c2 are still there"):
+        world.cluster(**REAL).up()
+    assert "swarm.ensure_swarm" not in world.verbs()
+    world.there = ["c1"]
+    world.cluster(**REAL).down(purge=False)
+    assert "simulated.remove_all purge=False" in world.did
+
+
 def test_purge_takes_everything(world: World) -> None:
     world.cluster().down(purge=True)
     for verb in ("stack.remove_volumes", "images.remove_images", "registry.remove_trust", "homes.purge"):
@@ -382,6 +468,17 @@ def test_down_is_no_error_where_no_engine_runs(world: World, monkeypatch: pytest
     world.cluster().down(purge=False)
     world.cluster().down(purge=True)
     assert set(world.verbs()) == {"packages.ensure_root", "homes.purge"}
+
+
+def test_purge_starts_an_engine_that_does_not_run_to_remove_what_it_holds(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module.engine, "is_running", lambda: False)
+    world.state.path("secrets").mkdir()
+    world.cluster().down(purge=True)
+    assert world.verbs()[:3] == ["packages.ensure_root", "packages.ensure_engine", "stack.remove"]
+    assert "simulated.remove_all purge=True" in world.did
+    assert not world.state.directory.exists()
 
 
 def test_down_goes_on_past_a_worker_that_does_not_answer_and_names_it(

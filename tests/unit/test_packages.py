@@ -129,6 +129,30 @@ def state(tmp_path: Path) -> State:
     return found
 
 
+@pytest.fixture(autouse=True)
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a docker client of a version that builds by itself."""
+    found = tmp_path / "client"
+    found.mkdir()
+    _command(found / "docker", 'case "$1" in version) echo 20.10.24+dfsg1 ;; *) exit 1 ;; esac')
+    monkeypatch.setattr(packages, "docker_cli", lambda: str(found / "docker"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("version", "has_plugin", "installed"),
+    [("20.10.24+dfsg1", False, []), ("26.1.5+dfsg1", False, [["docker-buildx"]]), ("28.2.2", True, [])],
+)
+def test_client_that_builds_with_a_plugin_only_gets_it(
+    client: Path, monkeypatch: pytest.MonkeyPatch, version: str, has_plugin: bool, installed: list[list[str]]
+) -> None:
+    _command(client / "docker", f'case "$1" in version) echo {version} ;; *) exit {0 if has_plugin else 1} ;; esac')
+    asked: list[list[str]] = []
+    monkeypatch.setattr(packages, "ensure_packages", asked.append)
+    packages.ensure_builder()
+    assert asked == installed
+
+
 def _install(tmp_path: Path, text: str) -> None:
     script = tmp_path / "install_docker.sh"
     script.write_text(f"#!/bin/sh\n{text}\n")

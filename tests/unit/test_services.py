@@ -114,7 +114,7 @@ def test_newest_running_container_of_a_service(swarm: Swarm) -> None:
     old, new = (SimpleNamespace(attrs={"Created": created}) for created in ("2026-01-01", "2026-01-02"))
     asked: list[dict[str, str]] = []
 
-    def listed(filters: dict[str, str]) -> list[Any]:
+    def listed(ignore_removed: bool, filters: dict[str, str]) -> list[Any]:
         asked.append(filters)
         return [old, new]
 

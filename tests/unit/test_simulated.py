@@ -58,7 +58,7 @@ class FakeEngine:
         self.network_error = ""
         self.api = SimpleNamespace(_version="1.41")
         self.containers = SimpleNamespace(
-            list=lambda all, filters: list(self.machines), create=self._create, get=self._get
+            list=lambda all, ignore_removed, filters: list(self.machines), create=self._create, get=self._get
         )
         self.volumes = SimpleNamespace(create=self._create_volume, list=self._volumes)
         self.networks = SimpleNamespace(create=self._create_network, list=self._networks)

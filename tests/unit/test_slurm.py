@@ -71,8 +71,8 @@ def test_jobs_are_read_without_their_names(told: Told) -> None:
 
 
 def test_only_what_is_drained_is_resumed(told: Told) -> None:
-    slurm.resume(["c1", "c2", "c9"])
-    assert told.changes == ["scontrol update nodename=c2 state=resume"]
+    slurm.resume(name for name in ("c1", "c2", "c6", "c9"))
+    assert told.changes == ["scontrol update nodename=c2,c6 state=resume"]
 
 
 def test_nothing_is_told_about_no_nodes(told: Told) -> None:

@@ -1,6 +1,7 @@
 """The stack file, what fills it in, and when a deploy lets the workers run empty."""
 
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,11 +147,14 @@ class Deployed:
             SimpleNamespace(name=f"slurm-stack_{name}", attrs={"Spec": {"Labels": {"cfiddle.definition": label}}})
             for name, label in labels.items()
         ]
+        ports = {"EndpointSpec": {"Ports": [{"PublishedPort": 8888}]}}
+        found.append(SimpleNamespace(name="slurm-stack_userhost", attrs={"Spec": {"Labels": {}, **ports}}))
         monkeypatch.setattr(stack, "services", lambda: found)
         monkeypatch.setattr(stack, "running_tasks", lambda _service: self.tasks)
         monkeypatch.setattr(stack, "_ensure_secrets", lambda _state: {})
         monkeypatch.setattr(stack, "_ensure_configs", lambda _root: NAMES)
         monkeypatch.setattr(stack, "_remove_unused", lambda _used: self.events.append("tidy"))
+        monkeypatch.setattr(stack.registry, "docker_config", lambda _config, _state: Path("/account"))
         monkeypatch.setattr(stack, "run", self.run)
         monkeypatch.setattr(stack, "wait_until_healthy", lambda **_: self.events.append("healthy"))
         monkeypatch.setattr(stack.slurm, "nodes", lambda: self.nodes)
@@ -160,7 +164,8 @@ class Deployed:
         monkeypatch.setattr(stack.slurm, "wait_until_empty", lambda _names, **_: self.events.append("empty"))
 
     def run(self, argv: list[str], **_: Any) -> str:
-        self.events.append(" ".join(argv[1:3]))
+        assert argv[1:3] == ["--config", "/account"]
+        self.events.append(" ".join(argv[3:5]))
         return ""
 
     def drain(self, names: list[str], reason: str) -> None:
@@ -272,3 +277,24 @@ def test_a_changed_configuration_has_another_name(kept: Kept, tmp_path: Path) ->
     (tmp_path / "conf" / "slurm.conf").write_text("another setting\n")
     second = stack._ensure_configs(tmp_path)
     assert {name for name in first if first[name] != second[name]} == {"CONFIG_SLURM_CONF"}
+
+
+def test_wrong_policy_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deployed = Deployed(monkeypatch, {**labels(), "agent": "older"})
+    (tmp_path / "policy.yaml").write_text("version: 1\nprofile: {}\n")
+    state: Any = None
+    with pytest.raises(ClusterError, match="profile"):
+        stack.deploy(samples.config(tmp_path), state, REFERENCES)
+    assert deployed.events == []
+
+
+def test_port_of_somebody_else_is_refused_before_anything_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deployed = Deployed(monkeypatch, labels())
+    state: Any = None
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {port}"):
+            stack.deploy(samples.config(ROOT, JUPYTER_PORT=str(port)), state, REFERENCES)
+    assert deployed.events == []

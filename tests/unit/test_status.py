@@ -62,7 +62,7 @@ class FakeEngine:
             raise docker.errors.ImageNotFound("no such image")
         return SimpleNamespace(id=known[reference])
 
-    def _containers(self, all: bool, filters: dict[str, str]) -> list[Any]:
+    def _containers(self, all: bool, filters: dict[str, str], ignore_removed: bool = False) -> list[Any]:
         return [SimpleNamespace(name=name, status="exited") for name in self.machines]
 
 

@@ -1,5 +1,6 @@
 """Who joins the swarm, who sees the token, whose labels change, and what is refused before anything is done."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,10 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.api = self.swarm = self
+        self.bridges: list[str] = []
+        self.networks = SimpleNamespace(list=self._networks)
         self.is_manager = True
+        self.address = "10.0.0.1"
         self.local_state, self.node = "active", "head-1"
         self.options: dict[str, Any] = {}
         self.members: list[dict[str, Any]] = []
@@ -76,6 +80,7 @@ class FakeEngine:
 
     def info(self) -> dict[str, Any]:
         swarm = {"ControlAvailable": self.is_manager, "LocalNodeState": self.local_state, "NodeID": self.node}
+        swarm["NodeAddr"] = self.address
         return self.options | {"Swarm": swarm}
 
     def init(self, **addresses: str) -> None:
@@ -86,6 +91,10 @@ class FakeEngine:
 
     def leave(self, force: bool) -> None:
         self.left, self.is_manager, self.local_state, self.node = force, False, "inactive", ""
+
+    def _networks(self, names: list[str]) -> list[Any]:
+        assert names == ["^docker_gwbridge$"]
+        return [SimpleNamespace(remove=lambda name=name: self.bridges.remove(name)) for name in self.bridges]
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.members
@@ -134,8 +143,21 @@ def test_swarm_is_made_at_the_head_s_address_and_remembered(engine: FakeEngine, 
     engine.leave(force=False)
     swarm.ensure_swarm(settings, state)
     assert engine.addresses == {"advertise_addr": "10.0.0.1", "listen_addr": "0.0.0.0:2377"}
+    assert state.read_json(swarm.MADE_BY_US, None) == {"id": "swarm-1", "had_bridge": False}
+    engine.bridges.append("docker_gwbridge")
     swarm.leave(state)
     assert engine.left
+    assert engine.bridges == []
+    assert not state.path(swarm.MADE_BY_US).exists()
+
+
+def test_bridge_that_was_there_before_the_swarm_stays(engine: FakeEngine, settings: Config, state: State) -> None:
+    engine.leave(force=False)
+    engine.bridges.append("docker_gwbridge")
+    swarm.ensure_swarm(settings, state)
+    swarm.leave(state)
+    assert engine.left
+    assert engine.bridges == ["docker_gwbridge"]
 
 
 def test_swarm_that_was_there_before_is_used_and_not_left(engine: FakeEngine, settings: Config, state: State) -> None:
@@ -427,8 +449,25 @@ def test_machine_that_answers_leaves_before_it_is_forgotten(engine: FakeEngine, 
     assert engine.members == []
 
 
+def test_swarm_made_by_somebody_since_is_not_left(engine: FakeEngine, state: State) -> None:
+    state.write_json(swarm.MADE_BY_US, {"id": "swarm-0"})
+    swarm.leave(state)
+    assert not engine.left
+
+
 def test_machine_without_a_swarm_has_nothing_to_leave(engine: FakeEngine, state: State) -> None:
     engine.is_manager = False
     swarm.leave(state)
     assert not engine.left
     assert swarm.worker_names() == []
+
+
+def test_swarm_at_another_address_is_refused(
+    engine: FakeEngine, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swarm.engine, "is_running", lambda: True)
+    swarm.refuse_other_address(config(tmp_path, HEAD_ADDR="10.0.0.1"))
+    with pytest.raises(ClusterError, match=r"at 10\.0\.0\.1, and HEAD_ADDR is 10\.0\.0\.2"):
+        swarm.refuse_other_address(config(tmp_path, HEAD_ADDR="10.0.0.2"))
+    engine.is_manager = False
+    swarm.refuse_other_address(config(tmp_path, HEAD_ADDR="10.0.0.2"))
