@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from cfiddle_cluster import packages
 from cfiddle_cluster.config import Config
 
 SOURCES = ("src", "tests", "benchmarks", "tasks.py", "test_cfiddle.py")
@@ -56,6 +57,7 @@ def main(config: Config) -> int:
 
 def test(config: Config, arguments: Sequence[str]) -> int:
     """Run pytest on the cluster that is up; return its exit status."""
+    packages.ensure_test_commands()
     sys.stdout.flush()
     argv = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(argv, cwd=config.root, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode

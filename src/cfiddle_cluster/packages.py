@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 
 from cfiddle_cluster import engine
 from cfiddle_cluster.commands import CommandError, docker_cli, run
@@ -16,6 +17,11 @@ FIRST_WITH_PLUGIN = 23
 
 COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
 """The commands that the head needs, and the packages of Debian and Ubuntu that have them."""
+
+TEST_COMMANDS = {"sudo": "sudo", "sshd": "openssh-server"}
+"""What the tests drive besides, likewise."""
+
+_SSH_UNITS = ("ssh.service", "ssh.socket")
 
 
 def ensure_root() -> None:
@@ -51,6 +57,21 @@ def ensure_packages(packages: Iterable[str]) -> None:
 def ensure_commands() -> None:
     """Install the packages of those commands that the head lacks."""
     ensure_packages([package for command, package in COMMANDS.items() if not shutil.which(command, path=_PATH)])
+
+
+def ensure_test_commands() -> None:
+    """Install what only the tests need; they start an SSH server of their own, so the package's does not run."""
+    missing = [package for command, package in TEST_COMMANDS.items() if not shutil.which(command, path=_PATH)]
+    is_new_server = "openssh-server" in missing and Path("/run/systemd/system").is_dir()
+    if is_new_server:
+        run(["systemctl", "mask", "--runtime", *_SSH_UNITS], timeout_s=60)
+    try:
+        ensure_packages(missing)
+        if is_new_server:
+            run(["systemctl", "disable", *_SSH_UNITS], timeout_s=60)
+    finally:
+        if is_new_server:
+            run(["systemctl", "unmask", "--runtime", *_SSH_UNITS], timeout_s=60)
 
 
 def ensure_engine(config: Config, state: State) -> None:

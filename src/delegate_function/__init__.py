@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 
+__version__ = "1.0.0"
+
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
     from typing import Any
@@ -19,9 +21,14 @@ if TYPE_CHECKING:
     from delegate_function.caller import CallInfo as CallInfo
     from delegate_function.delegates import BaseDelegate as BaseDelegate
     from delegate_function.delegates import DelegateChain as DelegateChain
+    from delegate_function.delegates import DockerDelegate as DockerDelegate
     from delegate_function.delegates import SandboxDelegate as SandboxDelegate
     from delegate_function.delegates import SlurmDelegate as SlurmDelegate
+    from delegate_function.delegates import SSHDelegate as SSHDelegate
     from delegate_function.delegates import SubprocessDelegate as SubprocessDelegate
+    from delegate_function.delegates import SuDockerDelegate as SuDockerDelegate
+    from delegate_function.delegates import SudoDelegate as SudoDelegate
+    from delegate_function.delegates import TemporaryDirectoryDelegate as TemporaryDirectoryDelegate
     from delegate_function.delegates import TrivialDelegate as TrivialDelegate
     from delegate_function.delegates import shell_hook as shell_hook
     from delegate_function.errors import CallNotSent as CallNotSent
@@ -54,9 +61,14 @@ _MODULES = {
     "delegates": [
         "BaseDelegate",
         "DelegateChain",
+        "DockerDelegate",
+        "SSHDelegate",
         "SandboxDelegate",
         "SlurmDelegate",
+        "SuDockerDelegate",
         "SubprocessDelegate",
+        "SudoDelegate",
+        "TemporaryDirectoryDelegate",
         "TrivialDelegate",
         "shell_hook",
     ],

@@ -7,21 +7,25 @@ process that does not let go of the interpreter for 1.5 s can silence it.
 
 from __future__ import annotations
 
+import base64
 import codecs
+import io
 import os
 import queue
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from delegate_function import files, frames, hop, inside, launch
+from delegate_function import __version__, files, frames, hop, inside, launch, remote, steps
 from delegate_function.errors import (
     CallNotSent,
     DelegateFunctionException,
     HopFailed,
+    NotOffered,
     RemoteError,
     RemoteTraceback,
     ResultNotReturned,
@@ -29,6 +33,8 @@ from delegate_function.errors import (
 )
 
 _TAIL = 2000
+_MAX_HOOK = 64 * 1024
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 class CallInfo:
@@ -109,12 +115,22 @@ class _Payload:
 class _Conversation:
     """The thread that talks with the first hop; what comes is put in `events`."""
 
-    def __init__(self, process: launch.Process, where: str, chunks: Iterator[memoryview | bytes]) -> None:
+    def __init__(
+        self,
+        process: launch.Process,
+        where: str,
+        number: int,
+        chunks: Iterator[memoryview | bytes],
+        keys_fd: int | None,
+    ) -> None:
         self.events: queue.SimpleQueue[tuple[bytes, bytes] | DelegateFunctionException] = queue.SimpleQueue()
         self._process = process
         self._where = where
+        self._number = number
         self._chunks = chunks
         self._budget = frames.WINDOW
+        self._keys_fd = keys_fd
+        self._keys_budget = frames.WINDOW
         self._output = frames.Window(frames.OUTPUT_STREAM)
         self._result = frames.Window(frames.RESULT_STREAM)
         self._commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -170,6 +186,8 @@ class _Conversation:
         while True:
             self._send_payload()
             reads = [link.read_fd, self._wake_read] + ([] if self._process.ended else [self._process.wake_fd])
+            if self._keys_fd is not None and self._keys_budget >= frames.CHUNK and not link.pending:
+                reads.append(self._keys_fd)
             ready = poller.wait(reads, [link.write_fd] if link.pending else [], [link])
             if self._process.wake_fd in ready and not self._process.ended:
                 self._process.on_wake()
@@ -177,6 +195,8 @@ class _Conversation:
                 return
             if link.read_fd in ready and not self._hear():
                 return
+            if self._keys_fd in ready:
+                self._send_keys()
             link.flush()
             link.beat()
             if link.closed or link.silent:
@@ -190,6 +210,19 @@ class _Conversation:
                 return
             self._budget -= len(piece)
             link.send(frames.encode(frames.DATA, piece))
+
+    def _send_keys(self) -> None:
+        assert self._keys_fd is not None
+        try:
+            keys = os.read(self._keys_fd, frames.CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            keys = b""
+        if not keys:
+            self._keys_fd = None
+        self._keys_budget -= len(keys)
+        self._process.link.send(frames.encode(frames.KEYS, keys))
 
     def _obey(self) -> bool:
         try:
@@ -209,10 +242,12 @@ class _Conversation:
                 stream, count = frames.decode_credit(content)
                 if stream == frames.PAYLOAD_STREAM:
                     self._budget += count
+                elif stream == frames.INPUT_STREAM:
+                    self._keys_budget += count
                 continue
             if kind == frames.HELLO:
                 greeting = frames.decode_json(content)
-                if greeting.get("hop") == 1:
+                if greeting.get("hop") == self._number:
                     self._where = str(greeting.get("where"))
                     self._process.job_id = greeting.get("job")
             elif kind in (frames.OUT, frames.ERR):
@@ -322,15 +357,40 @@ class _Output:
         return "\n".join(kept.splitlines()[-20:])
 
 
-def pack(obj: Any, method: str, arguments: Iterable[Any], keywords: dict[str, Any]) -> bytes:
-    """Return the pickle of a call."""
+def pack(
+    obj: Any,
+    method: str,
+    arguments: Iterable[Any],
+    keywords: dict[str, Any],
+    packages: dict[str, str] | None = None,
+) -> bytes:
+    """Return the pickle of a call; note in `packages` the version of each package of which it names something."""
     import cloudpickle
 
+    modules: set[str] = set()
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, candidate: Any) -> Any:
+            reduced = super().reducer_override(candidate)
+            if isinstance(candidate, types.ModuleType):
+                modules.add(candidate.__name__)
+            elif reduced is NotImplemented and isinstance(candidate, _NAMED):
+                modules.add(str(candidate.__module__))  # it travels as its name
+            return reduced
+
+    buffer = io.BytesIO()
     try:
-        packed: bytes = cloudpickle.dumps((obj, method, tuple(arguments), keywords), protocol=5)
+        Pickler(buffer, protocol=5).dump((obj, method, tuple(arguments), keywords))
     except Exception as error:
         raise CallNotSent(f"the call cannot be pickled: {type(error).__name__}: {error}") from error
-    return packed
+    if packages is not None:
+        by_value = {name.partition(".")[0] for name in cloudpickle.list_registry_pickle_by_value()}
+        roots = {"cloudpickle", *(name.partition(".")[0] for name in modules)}  # what comes back needs cloudpickle
+        known = {"__main__", "__mp_main__", __package__, *sys.stdlib_module_names, *by_value}
+        for root in sorted(roots - known):
+            if root in sys.modules and (version := inside.package_version(root)):
+                packages[root] = version
+    return buffer.getvalue()
 
 
 def call(
@@ -343,6 +403,9 @@ def call(
     inputs: Iterable[str | os.PathLike[str]] = (),
     outputs: Iterable[str | os.PathLike[str]] = (),
     info: CallInfo,
+    done: int = 0,
+    directory: str | None = None,
+    interactive: bool = False,
 ) -> Any:
     """Run `obj.method(*arguments, **keywords)` at the end of the hops and return its value.
 
@@ -350,6 +413,9 @@ def call(
         hops: descriptions as the delegates give them, at least one.
         inputs, outputs: files, relative to the working directory, that go with the call and come back from it.
         info: is filled with what becomes known of the call.
+        done: how many hops of the chain were taken in this process.
+        directory: where the call runs, if that can be entered there; the working directory if it is not given.
+        interactive: whether the call reads this process's standard input.
 
     Raises:
         what the method raised, with a RemoteTraceback as its cause, or a DelegateFunctionException.
@@ -362,9 +428,24 @@ def call(
     root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     payload: _Payload | None = None
     result = _Result(output_paths, root)
+    packages: dict[str, str] = {}
     try:
-        payload = _Payload(pack(obj, method, arguments, keywords), input_paths, root)
-        _travel(hops, payload, output_paths, result, info)
+        payload = _Payload(pack(obj, method, arguments, keywords, packages), input_paths, root)
+        spec = {
+            "v": frames.VERSION,
+            "version": __version__,
+            "python": list(sys.version_info[:3]),
+            "packages": packages,
+            "hops": _encoded(hops),
+            "hop": done,
+            "of": done + steps.count(hops),
+            "parts": payload.parts,
+            "outputs": output_paths,
+            "directory": directory or str(Path.cwd()),
+            "path": [str(Path(entry).absolute()) for entry in sys.path],
+            "interactive": interactive,
+        }
+        _travel(spec, payload, result, info)
         result.finish()
     except files.FileError as error:
         raise ResultNotReturned(f"an output of the call cannot be written: {error}") from error
@@ -382,30 +463,47 @@ def call(
     return _unpack(result, obj, info)
 
 
-def _travel(hops: list[dict[str, Any]], payload: _Payload, outputs: list[str], result: _Result, info: CallInfo) -> None:
-    first, number = hops[0], 1
+def _encoded(hops: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the hops as JSON can have them: hooks as pickles."""
+    import cloudpickle
+
+    encoded: list[dict[str, Any]] = []
+    for step in hops:
+        if step["type"] == steps.HOOK and step["call"] != steps.SHELL:
+            try:
+                packed = base64.b64encode(cloudpickle.dumps(step["call"], protocol=5)).decode()
+            except Exception as error:
+                raise CallNotSent(f"the debugging hook of {step['name']} cannot be pickled: {error}") from error
+            if len(packed) > _MAX_HOOK:
+                raise CallNotSent(f"the debugging hook of {step['name']} is larger than {_MAX_HOOK} bytes")
+            step = {**step, "call": packed}
+        encoded.append(step)
+    return encoded
+
+
+def _standard_input() -> int:
+    try:
+        return sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError) as error:
+        raise NotOffered("interactive=True needs a terminal or a file as standard input; there is none here") from error
+
+
+def _travel(spec: dict[str, Any], payload: _Payload, result: _Result, info: CallInfo) -> None:
+    keys_fd = _standard_input() if spec["interactive"] else None
+    first, *rest = spec["hops"]
     if first["type"] == "sandbox":
         # A sandbox is served by a hop's process; where none comes before it, one is started here.
-        first, number = {"type": "subprocess"}, 0
-    kind = first["type"]
-    spec = {
-        "v": frames.VERSION,
-        "python": list(sys.version_info[:3]),
-        "hops": hops[number:],
-        "hop": number,
-        "of": len(hops),
-        "kind": kind,
-        "parts": payload.parts,
-        "outputs": outputs,
-        "directory": str(Path.cwd()),
-        "path": [str(Path(entry).absolute()) for entry in sys.path],
-    }
+        first = {"type": "subprocess"}
+        spec = {**spec, "kind": first["type"]}
+    else:
+        spec = {**spec, "kind": first["type"], "hops": rest, "hop": spec["hop"] + 1}
+    number = spec["hop"]
     header = frames.encode_json(frames.SPEC, spec)
-    where = hop.describe(kind, number, len(hops))
+    where = hop.describe(first["type"], number, spec["of"], remote.node(first))
     process = launch.start(first, where)
     assert isinstance(process, launch.Process)
     process.link.send(header)
-    conversation = _Conversation(process, where, payload.chunks())
+    conversation = _Conversation(process, where, number, payload.chunks(), keys_fd)
     output = _Output()
     try:
         _consume(conversation, output, result, info)

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from delegate_function import steps
 from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
 from delegate_function.errors import ConfigurationError, DelegateFunctionException, ProcessDied
 
@@ -100,7 +101,7 @@ class ExecutionMethod:
         options = dict(zip(command[1::2], command[2::2], strict=True))
         if not {"--runner", "--results"} <= options.keys():
             raise ConfigurationError(f"cannot tell from {command} where CFiddle's runner is and its results belong")
-        if not self.delegate.compile():
+        if not steps.leaves(self.delegate.compile()):
             _run_here(options)
             return
         invocations = list(runner.get_invocations())

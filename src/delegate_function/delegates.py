@@ -10,18 +10,17 @@ import contextlib
 import math
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from delegate_function import caller, files, slurm
+from delegate_function import caller, files, hop, remote, slurm, steps
 from delegate_function.caller import CallInfo
-from delegate_function.errors import ConfigurationError, NotOffered, ResultNotReturned
+from delegate_function.errors import CallNotSent, ConfigurationError, ResultNotReturned
+from delegate_function.steps import SHELL
 
 Hook = tuple[Any, str, tuple[Any, ...], dict[str, Any]]
-SHELL = "SHELL"
 
 
 class BaseDelegate:
@@ -29,9 +28,10 @@ class BaseDelegate:
 
     Args:
         subdelegate: the delegate that goes on from where this one leads.
-        debug_pre_hook: `(object, method, args, kwargs)` or "SHELL", run in the caller's process before the outermost
-            delegate executes, when DELEGATE_FUNCTION_DEBUG_ENABLED=yes. Offered on the outermost delegate alone.
-        interactive: whether the call reads from the terminal. Offered where nothing leaves this process.
+        debug_pre_hook: `(object, method, args, kwargs)` or "SHELL", run where this delegate executes and before it
+            does, if DELEGATE_FUNCTION_DEBUG_ENABLED=yes there.
+        interactive: whether the call, and hooks on its way, read the caller's standard input, line by line. One
+            interactive delegate makes its whole chain so.
     """
 
     def __init__(
@@ -81,84 +81,116 @@ class BaseDelegate:
         A call with files runs in a directory of its own, unless it stays in this process.
         """
         hops = self.compile()
-        self._run_hook(hops)
         info = self.last_call = CallInfo()
-        if hops:
-            return caller.call(hops, obj, method, args, kwargs or {}, inputs=inputs, outputs=outputs, info=info)
-        value = getattr(obj, method)(*args, **(kwargs or {}))
-        missing = [path for path in files.checked(outputs) if not Path(path).is_file()]
-        if missing:
-            raise ResultNotReturned(f"the call did not write {', '.join(missing)}")
-        return value
+        interactive = any(step["type"] == steps.TERMINAL for step in hops)
+        directory: str | None = None
+        done, of = 0, steps.count(hops)
+        with contextlib.ExitStack() as stack:
+            while hops and hops[0]["type"] in (steps.TERMINAL, steps.HOOK, steps.DIRECTORY):
+                step = hops.pop(0)
+                if step["type"] == steps.HOOK:
+                    with _inside(directory):
+                        steps.run_hook(step)
+                elif step["type"] == steps.DIRECTORY:
+                    done += 1
+                    place = hop.describe(steps.DIRECTORY, done, of, os.uname().nodename)
+                    directory = stack.enter_context(steps.directory(place))
+            if hops:
+                return caller.call(
+                    hops,
+                    obj,
+                    method,
+                    args,
+                    kwargs or {},
+                    inputs=inputs,
+                    outputs=outputs,
+                    info=info,
+                    done=done,
+                    directory=directory,
+                    interactive=interactive,
+                )
+            if directory:
+                _copy(inputs, ".", directory, CallNotSent)
+            with _inside(directory):
+                value = getattr(obj, method)(*args, **(kwargs or {}))
+                missing = [path for path in files.checked(outputs) if not Path(path).is_file()]
+            if missing:
+                raise ResultNotReturned(f"the call did not write {', '.join(missing)}")
+            if directory:
+                _copy(outputs, directory, ".", ResultNotReturned)
+            return value
 
     def compile(self) -> list[dict[str, Any]]:
-        """Return the hops of this chain, as plain data, outermost first; none means that the call stays here."""
+        """Return the hops of this chain, outermost first, and the steps between them."""
+        hops = steps.bound(self.gather())
+        for number, step in enumerate(hops):
+            if step["type"] == "sandbox" and steps.leaves(hops[number + 1 :]):
+                raise ConfigurationError("nothing can be started from inside a sandbox: SandboxDelegate comes last")
+        return hops
+
+    def gather(self) -> list[dict[str, Any]]:
+        """Return the hops and steps of this chain as it stands, with descriptions that are bound late unread."""
         hops: list[dict[str, Any]] = []
         delegate: BaseDelegate | None = self
         while delegate is not None:
-            hops += delegate.hops()
-            if delegate.interactive and hops:
-                raise NotOffered(
-                    "a call that reads from the terminal can only stay in this process: interactive=True is offered "
-                    "for chains of TrivialDelegate alone"
-                )
-            if delegate is not self and delegate._debug_pre_hook is not None:
-                raise NotOffered("debug_pre_hook is offered on the outermost delegate of a chain alone")
+            own = delegate.hops()
+            if delegate._debug_pre_hook is not None:
+                name, command = type(delegate).__name__, _command(own)
+                hops.append({"type": steps.HOOK, "name": name, "command": command, "call": delegate._debug_pre_hook})
+            if delegate.interactive:
+                hops.append({"type": steps.TERMINAL})
+            hops += own
             delegate = delegate._subdelegate
-        for hop in hops[:-1]:
-            if hop["type"] == "sandbox":
-                raise ConfigurationError("nothing can be started from inside a sandbox: SandboxDelegate comes last")
         return hops
 
     def hops(self) -> list[dict[str, Any]]:
         """Return this delegate's own hops, without its sub-delegate's."""
         return []
 
-    def _run_hook(self, hops: list[dict[str, Any]]) -> None:
-        if self._debug_pre_hook is None:
-            return
-        name = type(self).__name__
-        if os.environ.get("DELEGATE_FUNCTION_DEBUG_ENABLED") != "yes":
-            print(
-                f"{name}: the debugging hook is disabled on {os.uname().nodename}; "
-                "DELEGATE_FUNCTION_DEBUG_ENABLED=yes enables it",
-                file=sys.stderr,
-            )
-            return
-        command = " ".join(slurm.srun_argv(hops[0])) if hops and hops[0]["type"] == "slurm" else "delegate-function-run"
-        with _environment(DELEGATE_FUNCTION_COMMAND=command, DELEGATE_NAME=name):
-            if isinstance(self._debug_pre_hook, str):
-                shell_hook()
-                return
-            obj, method, args, kwargs = self._debug_pre_hook
-            getattr(obj, method)(*args, **kwargs)
-
 
 def _is_hook(hook: Any) -> bool:
-    return isinstance(hook, tuple) and len(hook) == 4 and isinstance(hook[1], str)
+    return isinstance(hook, tuple | list) and len(hook) == 4 and isinstance(hook[1], str)
 
 
-def shell_hook() -> None:
-    """Start the user's shell on this terminal, and go on when it ends."""
-    subprocess.run([os.environ.get("SHELL", "/bin/bash")], check=False)
+def shell_hook() -> str:
+    """Return the hook that starts the user's shell; the call goes on when it ends."""
+    return SHELL
 
 
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _command(hops: list[dict[str, Any]]) -> str:
+    """Return the command that a delegate runs, for people."""
+    kind = hops[0]["type"] if len(hops) == 1 else ""
+    if kind == "slurm":
+        return shlex.join(slurm.srun_argv(hops[0]))
+    return shlex.join(remote.argv(hops[0])) if kind in ("sudo", "ssh", "docker") else "delegate-function-run"
+
+
+def _inside(directory: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.chdir(directory) if directory else contextlib.nullcontext()
+
+
+def _copy(
+    paths: Iterable[str | os.PathLike[str]], source: str, target: str, kind: type[CallNotSent | ResultNotReturned]
+) -> None:
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        files.copy(source, target, files.checked(paths))
+    except files.FileError as error:
+        raise kind(f"a file of the call cannot be copied: {error}") from error
 
 
 class TrivialDelegate(BaseDelegate):
     """Run here."""
+
+
+class TemporaryDirectoryDelegate(BaseDelegate):
+    """Run in a fresh directory that is removed afterwards.
+
+    In a chain that stays in this process, its working directory is changed meanwhile: for all of its threads.
+    """
+
+    def hops(self) -> list[dict[str, Any]]:
+        """Return the one step."""
+        return [{"type": steps.DIRECTORY}]
 
 
 class SubprocessDelegate(BaseDelegate):
@@ -184,6 +216,136 @@ class SubprocessDelegate(BaseDelegate):
     def hops(self) -> list[dict[str, Any]]:
         """Return the one hop of a process here."""
         return [_without_none(type="subprocess", executable=self._executable)]
+
+
+class SudoDelegate(SubprocessDelegate):
+    """Run in a new process of another user, to whom sudo lets this one switch without a password.
+
+    Args:
+        user: the other user; sudo's default, root, if none is named.
+        sudo_args: more arguments for sudo, a list with one string for each.
+        delegate_executable_path: the program to start as that user, who must be able to read this Python and this
+            package otherwise.
+    """
+
+    def __init__(
+        self,
+        subdelegate: BaseDelegate | None = None,
+        debug_pre_hook: Hook | str | None = None,
+        interactive: bool = False,
+        *,
+        user: str | None = None,
+        sudo_args: list[str] | None = None,
+        temporary_file_root: str | None = None,
+        delegate_executable_path: str | None = None,
+    ) -> None:
+        super().__init__(subdelegate, debug_pre_hook, interactive, delegate_executable_path=delegate_executable_path)
+        self._sudo = _sudo(user, sudo_args)
+
+    def hops(self) -> list[dict[str, Any]]:
+        """Return the one hop of another user's process."""
+        return [_without_none(type="sudo", executable=self._executable, **self._sudo)]
+
+
+class SSHDelegate(SubprocessDelegate):
+    """Run on another machine, where OpenSSH lets this user log in without a question.
+
+    Args:
+        user, host: the account there and the machine, as OpenSSH knows it.
+        ssh_options: more arguments for ssh, a list with one string for each (`["-p", "2222"]`).
+        delegate_executable_path: the program to start there, in the place of `python3 -I -m delegate_function.hop`.
+    """
+
+    def __init__(
+        self,
+        user: str,
+        host: str,
+        subdelegate: BaseDelegate | None = None,
+        debug_pre_hook: Hook | str | None = None,
+        interactive: bool = False,
+        *,
+        ssh_options: list[str] | None = None,
+        temporary_file_root: str | None = None,
+        delegate_executable_path: str | None = None,
+    ) -> None:
+        super().__init__(subdelegate, debug_pre_hook, interactive, delegate_executable_path=delegate_executable_path)
+        self._user, self._host = remote.checked_name("user", user), remote.checked_name("host", host)
+        self._options = remote.checked_arguments("ssh_options", ssh_options)
+
+    def hops(self) -> list[dict[str, Any]]:
+        """Return the one hop of another machine."""
+        executable, options = self._executable, self._options
+        return [_without_none(type="ssh", user=self._user, host=self._host, executable=executable, options=options)]
+
+
+class DockerDelegate(SubprocessDelegate):
+    """Run in a new container of an engine that this user may use; SandboxDelegate is for who has none.
+
+    Args:
+        docker_image: an image that has this package for its `python3`.
+        docker_cmd_line_args: more arguments for `docker run`, a list with one string for each.
+        delegate_executable_path: the program to start there, in the place of `python3 -I -m delegate_function.hop`.
+    """
+
+    def __init__(
+        self,
+        docker_image: str,
+        subdelegate: BaseDelegate | None = None,
+        debug_pre_hook: Hook | str | None = None,
+        interactive: bool = False,
+        *,
+        docker_cmd_line_args: list[str] | None = None,
+        temporary_file_root: str | None = None,
+        delegate_executable_path: str | None = None,
+    ) -> None:
+        super().__init__(subdelegate, debug_pre_hook, interactive, delegate_executable_path=delegate_executable_path)
+        self._image = remote.checked_name("Docker image", docker_image)
+        self._options = remote.checked_arguments("docker_cmd_line_args", docker_cmd_line_args)
+
+    def hops(self) -> list[dict[str, Any]]:
+        """Return the one hop of a container."""
+        return [_without_none(type="docker", image=self._image, executable=self._executable, options=self._options)]
+
+
+class SuDockerDelegate(DockerDelegate):
+    """Run in a new container that another user's right to an engine starts.
+
+    Args:
+        docker_user: as whom sudo runs `docker`; sudo's default, root, if none is named.
+        sudo_args: more arguments for sudo, a list with one string for each.
+    """
+
+    def __init__(
+        self,
+        docker_image: str,
+        subdelegate: BaseDelegate | None = None,
+        debug_pre_hook: Hook | str | None = None,
+        interactive: bool = False,
+        *,
+        docker_user: str | None = None,
+        sudo_args: list[str] | None = None,
+        docker_cmd_line_args: list[str] | None = None,
+        temporary_file_root: str | None = None,
+        delegate_executable_path: str | None = None,
+    ) -> None:
+        super().__init__(
+            docker_image,
+            subdelegate,
+            debug_pre_hook,
+            interactive,
+            docker_cmd_line_args=docker_cmd_line_args,
+            delegate_executable_path=delegate_executable_path,
+        )
+        self._sudo = _sudo(docker_user, sudo_args)
+
+    def hops(self) -> list[dict[str, Any]]:
+        """Return the one hop of a container, started through sudo."""
+        return [{**super().hops()[0], "sudo": {"type": "sudo", **self._sudo}}]
+
+
+def _sudo(user: str | None, arguments: list[str] | None) -> dict[str, Any]:
+    named = remote.checked_name("sudo user", user) if user is not None else None
+    return _without_none(user=named, options=remote.checked_arguments("sudo_args", arguments))
 
 
 class SlurmDelegate(BaseDelegate):

@@ -5,8 +5,8 @@ there for srun: it passes a task's output on when it sees the end of a line, and
 
 Each side of a link sends a beat at least every half second; 1.5 s without a byte mean that the other side is dead (a
 closed stream cannot be relied upon: srun killed with SIGKILL leaves its step running without an end of file). So that a
-long output never holds a beat back, three streams have a window: payload, output and result. Who sends on one may have
-`WINDOW` bytes under way, and goes on when the far end of the stream says, with a credit, that it has used them up.
+long output never holds a beat back, four streams have a window: payload, input, output and result. Who sends on one may
+have `WINDOW` bytes under way, and goes on when the far end of the stream says, with a credit, that it has used them up.
 
 Only the standard library is used, and little of it: this is loaded before every call.
 """
@@ -37,11 +37,13 @@ ERROR = b"X"  # up, last: the call failed on its way (JSON)
 END = b"Z"  # up, last: the result is complete
 CREDIT = b"C"  # both: bytes of a stream that were used up
 BEAT = b"B"  # both: still here
-TYPES = frozenset((HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT))
+KEYS = b"K"  # down: bytes of the caller's standard input; none at its end
+TYPES = frozenset((HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS))
 
 PAYLOAD_STREAM = b"p"
 OUTPUT_STREAM = b"o"
 RESULT_STREAM = b"r"
+INPUT_STREAM = b"i"
 
 BEAT_S = 0.5
 SILENCE_S = 1.5

@@ -15,17 +15,24 @@ somebody else wrote costs little.
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import yaml as pyyaml
 
+from delegate_function import steps
 from delegate_function.delegates import (
     BaseDelegate,
+    DockerDelegate,
     Hook,
     SandboxDelegate,
     SlurmDelegate,
+    SSHDelegate,
     SubprocessDelegate,
+    SuDockerDelegate,
+    SudoDelegate,
+    TemporaryDirectoryDelegate,
     TrivialDelegate,
 )
 from delegate_function.errors import ConfigurationError
@@ -33,6 +40,8 @@ from delegate_function.errors import ConfigurationError
 VERSION = 0.1
 _MAX_BYTES = 64 * 1024
 _MAX_DEPTH = 16
+_MAX_FILES = 16
+_open_files: ContextVar[int] = ContextVar("_open_files", default=0)
 
 
 class DelegateGenerator(BaseDelegate):
@@ -57,7 +66,7 @@ class DelegateGenerator(BaseDelegate):
 
     def hops(self) -> list[dict[str, Any]]:
         """Return the hops that are described."""
-        return self._chain.compile()
+        return self._chain.gather()
 
 
 class YAMLDelegate(DelegateGenerator):
@@ -77,23 +86,36 @@ class YAMLDelegate(DelegateGenerator):
 
 
 class LateBoundYAMLDelegate(BaseDelegate):
-    """The chain in the file that DELEGATE_FUNCTION_CONFIG names when the call is made."""
+    """The chain in the file that DELEGATE_FUNCTION_CONFIG names when a call comes here and where it comes from.
+
+    After a delegate that leads to another process, that is the environment and the file which that process finds.
+    """
 
     def hops(self) -> list[dict[str, Any]]:
-        """Return the hops that the file describes now."""
-        filename = os.environ.get("DELEGATE_FUNCTION_CONFIG")
-        if not filename:
-            raise ConfigurationError("DELEGATE_FUNCTION_CONFIG does not name a file")
-        return parse(_read(filename)).compile()
+        """Return what stands for the chain until then."""
+        return [{"type": steps.LATE}]
+
+
+def described_late() -> list[dict[str, Any]]:
+    """Return the hops that the file which DELEGATE_FUNCTION_CONFIG names describes now."""
+    filename = os.environ.get("DELEGATE_FUNCTION_CONFIG")
+    if not filename:
+        raise ConfigurationError(f"DELEGATE_FUNCTION_CONFIG does not name a file on {os.uname().nodename}")
+    return parse(_read(filename)).gather()
 
 
 DELEGATES: dict[str, type[BaseDelegate]] = {
     kind.__name__: kind
     for kind in (
         TrivialDelegate,
+        TemporaryDirectoryDelegate,
         SubprocessDelegate,
+        SudoDelegate,
+        SSHDelegate,
         SlurmDelegate,
         SandboxDelegate,
+        DockerDelegate,
+        SuDockerDelegate,
         YAMLDelegate,
         LateBoundYAMLDelegate,
     )
@@ -110,9 +132,15 @@ def parse(text: str) -> BaseDelegate:
     sequence = description["sequence"]
     if not isinstance(sequence, list) or not sequence:
         raise ConfigurationError("`sequence` is a list of delegates")
+    if _open_files.get() >= _MAX_FILES:
+        raise ConfigurationError(f"more than {_MAX_FILES} descriptions within each other; one of them names itself")
     chain: BaseDelegate | None = None
-    for item in reversed(sequence):
-        chain = _make(item, chain)
+    level = _open_files.set(_open_files.get() + 1)
+    try:
+        for item in reversed(sequence):
+            chain = _make(item, chain)
+    finally:
+        _open_files.reset(level)
     assert chain is not None
     return chain
 

@@ -9,18 +9,29 @@ Run as `python3 -I -m delegate_function.hop`; until it must start something, it 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
 import threading
 import time
 
-from delegate_function import frames, launch, slurm
-from delegate_function.errors import ConnectionLost, DelegateFunctionException, HopFailed, LimitExceeded, to_wire
+from delegate_function import __version__, frames, launch, remote, slurm, steps
+from delegate_function.errors import (
+    ConnectionLost,
+    DelegateFunctionException,
+    HopFailed,
+    LimitExceeded,
+    RemoteError,
+    VersionMismatch,
+    to_wire,
+)
 
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
     from typing import Any
+
+    Received = list[tuple[bytes, bytes]]
 
 _SPEC_S = 10.0
 _DRAIN_S = 5.0
@@ -38,7 +49,7 @@ class Relay:
     def __init__(self, up: frames.Link, spec: dict[str, Any], where: str) -> None:
         self._up = up
         self._poller = frames.Poller()
-        self._credit = frames.WINDOW
+        self._credit = int(spec.get("credit", frames.WINDOW))
         self._written = 0
         self._over = False
         self._end_held = False
@@ -54,12 +65,14 @@ class Relay:
 
     def _start(self, spec: dict[str, Any]) -> launch.Next:
         hops = list(spec["hops"])
-        if not hops:
+        if not steps.leaves(hops):
+            if directories := steps.count(hops):
+                self._number += directories
+                self.where = describe(steps.DIRECTORY, self._number, spec["of"], os.uname().nodename)
             return launch.Worker(spec, self.where)
         kind = hops[0].get("type")
         self._number += 1
-        local = os.uname().nodename if kind in ("subprocess", "sandbox") else ""
-        self.where = describe(kind, self._number, spec["of"], local)
+        self.where = describe(kind, self._number, spec["of"], remote.node(hops[0]))
         following = {**spec, "hops": hops[1:], "hop": self._number, "kind": kind}
         if kind == "sandbox":
             # What lies where on this machine's disk is none of the sandbox's business.
@@ -193,9 +206,12 @@ class Relay:
         if not self._end_held:
             self._fail(self._next.explain())
             return
+        self._complete()
+        self._over = True
+
+    def _complete(self) -> None:
         known = {"hop": self._number, "where": self.where, **self._next.usage()}
         self._up.send(frames.encode_json(frames.INFO, known), frames.encode(frames.END))
-        self._over = True
 
     def _check_process(self) -> None:
         """Find out why the next hop's process ended or fell silent, without falling silent meanwhile."""
@@ -214,6 +230,85 @@ class Relay:
     def _fail(self, error: DelegateFunctionException) -> None:
         self._up.send(frames.encode_json(frames.ERROR, to_wire(error)))
         self._over = True
+
+
+class HookRelay(Relay):
+    """A hook on its way, before the hop whose delegate has it: its output goes up, the call's frames wait."""
+
+    def __init__(self, up: frames.Link, spec: dict[str, Any], where: str) -> None:
+        super().__init__(up, spec, where)
+        self._name = spec["hops"][0]["name"]
+        self._raised: dict[str, Any] | None = None
+        self.kept: Received = []
+        self.completed = False
+
+    @property
+    def credit(self) -> int:
+        """How much may be written to the output before the caller gives more credit."""
+        return self._credit
+
+    def _take(self, received: Received) -> None:
+        for kind, content in received:
+            if kind == frames.KEYS:
+                super()._take([(kind, content)])
+            elif kind == frames.CREDIT and frames.decode_credit(content)[0] == frames.OUTPUT_STREAM:
+                self._credit += frames.decode_credit(content)[1]
+            else:
+                self.kept.append((kind, content))
+
+    def _from_down(self) -> None:
+        for kind, content in self._next.link.receive():
+            if kind == frames.CREDIT:
+                self._up.send(frames.encode(kind, content))
+            elif kind == frames.RESULT:
+                self._raised = frames.decode_json(content).get("error")
+            elif kind == frames.END:
+                self._end_held = True
+            else:
+                raise frames.ProtocolError(f"frame {kind!r} from a hook")
+
+    def _complete(self) -> None:
+        if self._raised:
+            self._fail(RemoteError(str(self._raised.get("text")), where=self.where, type=self._raised.get("type")))
+        else:
+            self.completed = True
+
+
+def _take_steps(
+    up: frames.Link, spec: dict[str, Any], waiting: Received, where: str, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], Received] | HookRelay:
+    """Take the steps before the next hop; return the call as it goes on, or the hook with which it ended."""
+    while True:
+        hops = steps.bound(spec["hops"])
+        spec = {**spec, "of": spec["of"] + steps.count(hops) - steps.count(spec["hops"]), "hops": hops}
+        kind = hops[0]["type"] if steps.leaves(hops) else ""
+        if kind == steps.DIRECTORY:
+            number = spec["hop"] + 1
+            place = describe(kind, number, spec["of"], os.uname().nodename)
+            spec = {**spec, "hop": number, "directory": stack.enter_context(steps.directory(place))}
+        elif kind == steps.HOOK and (refusal := steps.hook_refused(hops[0]["name"])):
+            said = f"{refusal}\n".encode()
+            up.send(frames.encode(frames.ERR, said))
+            spec = {**spec, "credit": spec.get("credit", frames.WINDOW) - len(said)}
+        elif kind == steps.HOOK:
+            relay = HookRelay(up, {**spec, "hops": hops[:1], "parts": [], "hook": True}, where)
+            relay.run(waiting)
+            if not relay.completed:
+                return relay
+            spec, waiting = {**spec, "credit": relay.credit}, relay.kept
+        elif kind != steps.TERMINAL:
+            return spec, waiting
+        spec = {**spec, "hops": hops[1:]}
+
+
+def _check_version(spec: dict[str, Any], where: str) -> None:
+    theirs = (spec.get("version"), spec.get("v"))
+    if theirs != (__version__, frames.VERSION):
+        raise VersionMismatch(
+            f"the caller has delegate_function {theirs[0]} (frames {theirs[1]}), here it is {__version__} (frames "
+            f"{frames.VERSION})",
+            where=where,
+        )
 
 
 def explain(process: launch.Next, where: str) -> DelegateFunctionException:
@@ -264,15 +359,21 @@ def serve(read_fd: int, write_fd: int) -> None:
         "node": os.uname().nodename,
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID") if spec.get("kind") == "slurm" else None,
+        "python": list(sys.version_info[:3]),
+        "version": __version__,
     }
     up.send(frames.encode_json(frames.HELLO, greeting))
-    try:
-        relay = Relay(up, spec, where)
-    except DelegateFunctionException as error:
-        up.send(frames.encode_json(frames.ERROR, to_wire(error)))
-        finish_sending(up, frames.Poller())
-        return
-    relay.run(waiting)
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_version(spec, where)
+            going_on = _take_steps(up, spec, waiting, where, stack)
+            relay = going_on if isinstance(going_on, HookRelay) else Relay(up, going_on[0], where)
+        except DelegateFunctionException as error:
+            up.send(frames.encode_json(frames.ERROR, to_wire(error)))
+            finish_sending(up, frames.Poller())
+            return
+        if not isinstance(going_on, HookRelay):
+            relay.run(going_on[1])
     if relay.abandoned and greeting["job"]:
         # Whoever started the job is gone, perhaps without a chance to take it away.
         slurm.cancel(str(greeting["job"]))

@@ -7,7 +7,9 @@ process forks and serves the call with `serve`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
 import gc
 import importlib
 import io
@@ -20,12 +22,13 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from delegate_function import files, frames
+from delegate_function import __version__, files, frames, steps
 
 SOCKET = "/run/cfiddle/sandbox.sock"
 _TEXT_LIMIT = 60_000
@@ -40,7 +43,12 @@ class Channel:
         self._decoder = frames.Decoder()
         self._waiting: list[tuple[bytes, bytes]] = []
         self._budget = frames.WINDOW
+        self.keys: list[bytes] = []
         os.set_blocking(fd, True)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
 
     def send(self, frame: bytes) -> None:
         """Write one frame."""
@@ -51,12 +59,20 @@ class Channel:
     def receive(self) -> tuple[bytes, bytes]:
         """Return the next frame; raise EOFError when the caller is gone."""
         while not self._waiting:
-            data = os.read(self._fd, frames.MAX_FRAME)
-            if not data:
-                raise EOFError("the caller is gone")
-            self._decoder.feed(data)
-            self._waiting = list(self._decoder)
+            self.pull()
         return self._waiting.pop(0)
+
+    def pull(self) -> None:
+        """Take what came, at least one byte: what is for standard input apart from the rest."""
+        data = os.read(self._fd, frames.MAX_FRAME)
+        if not data:
+            raise EOFError("the caller is gone")
+        self._decoder.feed(data)
+        for kind, content in self._decoder:
+            if kind == frames.KEYS:
+                self.keys.append(content)
+            else:
+                self._waiting.append((kind, content))
 
     def receive_data(self, size: int) -> Iterator[bytes]:
         """Yield the next `size` bytes of the payload as they come."""
@@ -88,6 +104,62 @@ class Channel:
         stream, count = frames.decode_credit(content)
         if stream == frames.RESULT_STREAM:
             self._budget += count
+
+
+class _Input:
+    """Standard input that the caller feeds, while something runs that may read it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        read_fd, self._write_fd = os.pipe()
+        os.dup2(read_fd, 0)
+        os.close(read_fd)
+        os.set_blocking(self._write_fd, False)
+
+    @contextlib.contextmanager
+    def flowing(self) -> Iterator[None]:
+        """Feed it until this context is left."""
+        stop_read, stop_write = os.pipe()
+        thread = threading.Thread(target=self._feed, args=(stop_read,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            os.close(stop_write)
+            thread.join()
+            os.close(stop_read)
+
+    def _feed(self, stop_fd: int) -> None:
+        keys = self._channel.keys
+        while True:
+            writes = [self._write_fd] if keys and self._write_fd >= 0 else []
+            ready, writable, _ = select.select([self._channel.fileno(), stop_fd], writes, [])
+            if stop_fd in ready:
+                return
+            if ready:
+                try:
+                    self._channel.pull()
+                except (EOFError, OSError, frames.ProtocolError):
+                    return  # what started this process ends it
+            if writable:
+                self._write(keys)
+
+    def _write(self, keys: list[bytes]) -> None:
+        try:
+            written = os.write(self._write_fd, keys[0]) if keys[0] else 0
+        except BlockingIOError:
+            return
+        except OSError:
+            written = 0
+            keys[:] = [b""]  # nobody reads it any more
+        keys[0] = keys[0][written:]
+        if written:
+            self._channel.send(frames.encode_credit(frames.INPUT_STREAM, written))
+        else:
+            os.close(self._write_fd)
+            self._write_fd = -1
+        if not keys[0]:
+            del keys[0]
 
 
 class _Failure(Exception):
@@ -186,6 +258,7 @@ class _Server:
         self._directory = ""
         self._error: dict[str, Any] | None = None
         self._attributes: frozenset[str] = frozenset()
+        self._input = _Input(channel) if spec.get("interactive") else None
 
     def run(self) -> None:
         """Receive, call, and send the result."""
@@ -194,8 +267,11 @@ class _Server:
         try:
             self._check_versions()
             self._enter_directory()
-            parts = self._call(self._receive())
-            parts += self._output_parts()
+            with self._input.flowing() if self._input else contextlib.nullcontext():
+                self._take_steps()
+            if not self._error and not self._spec.get("hook"):
+                parts = self._call(self._receive())
+                parts += self._output_parts()
             total = sum(int(part.header["size"]) for part in parts)
             if total > frames.MAX_TRANSFER:
                 raise _Failure("not-returned", f"the result has {total} bytes; at most {frames.MAX_TRANSFER} travel")
@@ -218,14 +294,31 @@ class _Server:
     def _check_versions(self) -> None:
         theirs = tuple(self._spec.get("python", ())[:2])
         ours = sys.version_info[:2]
-        if self._spec.get("v") != frames.VERSION:
-            raise _Failure("version", f"the call has version {self._spec.get('v')!r}, here it is {frames.VERSION}")
+        caller = (self._spec.get("version"), self._spec.get("v"))
+        if caller != (__version__, frames.VERSION):
+            raise _Failure(
+                "version",
+                f"the caller has delegate_function {caller[0]} (frames {caller[1]}), here it is {__version__} (frames "
+                f"{frames.VERSION})",
+            )
         if theirs != ours:
             raise _Failure(
                 "version",
                 f"the caller runs Python {'.'.join(map(str, theirs))}, here it is {'.'.join(map(str, ours))}; "
                 "compiled functions do not travel between them",
             )
+
+    def _check_packages(self) -> None:
+        """Compare the packages whose names stand in the call's pickle with those here."""
+        if self._spec.get("hook"):
+            return  # the call itself runs elsewhere
+        differing = [
+            f"{name} {theirs} (here {ours or 'it cannot be imported'})"
+            for name, theirs in self._spec.get("packages", {}).items()
+            if theirs != (ours := package_version(name))
+        ]
+        if differing:
+            raise _Failure("version", f"packages of the caller's differ from those here: {', '.join(differing)}")
 
     def _enter_directory(self) -> None:
         """Go where the call runs: a new directory if files travel with it or nothing says where else."""
@@ -234,10 +327,31 @@ class _Server:
             with contextlib.suppress(OSError):
                 os.chdir(directory)
                 self._extend_path()
+                self._check_packages()
                 return
+        self._make_directory()
+        self._extend_path()
+        self._check_packages()
+
+    def _make_directory(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="call-")
         os.chdir(self._directory)
-        self._extend_path()
+
+    def _take_steps(self) -> None:
+        """Take the last steps of the chain, which need no process of their own."""
+        for step in self._spec["hops"]:
+            if step["type"] == steps.DIRECTORY and not self._directory:
+                self._make_directory()
+            elif step["type"] == steps.HOOK:
+                try:
+                    if step["call"] != steps.SHELL:
+                        step["call"] = pickle.loads(base64.b64decode(step["call"]))
+                    steps.run_hook(step)
+                except BaseException as error:
+                    raised = self._error = _described(error)
+                    text = f"the debugging hook of {step['name']} raised {raised['type']}: {raised['text']}"
+                    raised.update(failure="remote", text=text)
+                    return
 
     def _extend_path(self) -> None:
         """Find the modules that the caller finds, where this is a process of the caller's on a shared disk."""
@@ -282,7 +396,8 @@ class _Server:
         call.clear()
         self._attributes = frozenset(_attributes(obj) or ())
         try:
-            value = getattr(obj, method)(*arguments, **keywords)
+            with self._input.flowing() if self._input else contextlib.nullcontext():
+                value = getattr(obj, method)(*arguments, **keywords)
         except BaseException as error:
             self._error = _described(error)
             # The state goes back after an exception too, where it can: what the method did until then is done.
@@ -363,6 +478,23 @@ def _described(error: BaseException) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def package_version(name: str) -> str | None:
+    """Return a package's version as it says itself, else as its installation does; nothing for none of either."""
+    try:
+        version = getattr(importlib.import_module(name), "__version__", None)
+    except Exception:
+        return None
+    if isinstance(version, str):
+        return version
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def dumps(value: Any, obj: Any) -> memoryview:
     """Return the pickle of a value in which `obj`, the object of the call, stands for itself."""
     import cloudpickle
@@ -399,6 +531,7 @@ def main(arguments: list[str]) -> NoReturn:
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
     for module in ("cloudpickle", "ctypes", *modules):
         importlib.import_module(module)
+        package_version(module.partition(".")[0])
     agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     agent.connect(SOCKET)
     agent.send(json.dumps({"type": "ready"}).encode())

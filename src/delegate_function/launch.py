@@ -7,14 +7,14 @@ forked from this one in which the call runs, and a sandbox that the node's agent
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 
-from delegate_function import frames, slurm
+from delegate_function import frames, remote, slurm
 from delegate_function.errors import (
     ConfigurationError,
     DelegateFunctionException,
@@ -71,24 +71,15 @@ def start(hop: dict[str, Any], where: str) -> Next:
     """Start a hop that is not the last; `where` names it in errors."""
     kind = hop.get("type")
     try:
-        if kind == "subprocess":
-            return Process(_subprocess_argv(hop), where)
+        if kind in remote.KINDS:
+            return Process(remote.argv(hop), where, functools.partial(remote.explain, hop))
         if kind == "slurm":
-            return Process(slurm.srun_argv(hop), where, environment=slurm.environment(), explain=slurm.explain)
+            return Job(slurm.srun_argv(hop), where, slurm.explain, environment=slurm.environment())
         if kind == "sandbox":
             return Sandbox(hop, where)
     except OSError as error:
-        raise HopFailed(f"cannot be started: {error}", where=where) from error
+        raise remote.cannot_start(hop, error, where) from error
     raise ConfigurationError(f"unknown kind of hop {kind!r}", where=where)
-
-
-def _subprocess_argv(hop: dict[str, Any]) -> list[str]:
-    if hop.get("executable"):
-        return [str(hop["executable"])]
-    # The same package as here, whether it is installed or lies in a checkout.
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    program = f"import sys; sys.path.insert(0, {package!r}); from delegate_function.hop import main; main()"
-    return [str(hop.get("python") or sys.executable), "-I", "-c", program]
 
 
 class Process(Next):
@@ -98,9 +89,9 @@ class Process(Next):
         self,
         argv: list[str],
         where: str,
+        explain: Callable[..., DelegateFunctionException],
         *,
         environment: dict[str, str] | None = None,
-        explain: Callable[[int | None, str, str, str | None], DelegateFunctionException] | None = None,
     ) -> None:
         import subprocess
 
@@ -148,27 +139,16 @@ class Process(Next):
 
     def explain(self) -> DelegateFunctionException:
         self._finish()
-        status = self._process.returncode
-        if self._explain:
-            return self._explain(status, self.diagnostics, self._where, self.job_id)
-        text = f"its process {_status_text(status)} before the call did"
-        if self.diagnostics:
-            text += f"; it said:\n{self.diagnostics}"
-        return HopFailed(text, where=self._where, exit_status=status)
+        return self._explain(self._process.returncode, self.diagnostics, self._where)
 
     def kill(self) -> None:
         for stream in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):
                 stream.close()
         if self._process.poll() is None:
-            self._process.terminate()
+            with contextlib.suppress(PermissionError):  # another user's: it ends because its streams have
+                self._process.terminate()
         self._finish()
-        if self._explain and self._process.returncode < 0:
-            # srun was killed before it could take its job away.
-            job_id = self.job_id or slurm.job_named_in(self.diagnostics)
-            if job_id:
-                slurm.cancel(job_id)
-            self._explain = None
         self.ended = True
         self._stderr.close()
 
@@ -194,13 +174,34 @@ class Process(Next):
         while self._process.poll() is None and time.monotonic() < deadline:
             self._drain(0.05)
         if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            deadline = time.monotonic() + _GRACE_S
+            while self._process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
         before = -1
         while not self.ended and before != self._said:
             before = self._said
             self.on_wake()
+
+
+class Job(Process):
+    """A hop behind an srun, whose job must not outlive it."""
+
+    _cancelled = False
+
+    def explain(self) -> DelegateFunctionException:
+        self._finish()
+        return self._explain(self._process.returncode, self.diagnostics, self._where, self.job_id)
+
+    def kill(self) -> None:
+        super().kill()
+        if not self._cancelled and (self._process.returncode or 0) < 0:
+            # srun was killed before it could take its job away.
+            self._cancelled = True
+            job_id = self.job_id or slurm.job_named_in(self.diagnostics)
+            if job_id:
+                slurm.cancel(job_id)
 
 
 class Worker(Next):
@@ -254,7 +255,7 @@ class Worker(Next):
 
     def explain(self) -> DelegateFunctionException:
         return ProcessDied(
-            f"the process of the call {_status_text(self._status)} without a result",
+            f"the process of the call {remote.status_text(self._status)} without a result",
             where=self._where,
             exit_status=self._status,
         )
@@ -365,7 +366,7 @@ class Sandbox(Next):
         if reason == "exited":
             status = self._ended.exit_status
             return ProcessDied(
-                f"the process of the call {_status_text(status)} without a result{detail}",
+                f"the process of the call {remote.status_text(status)} without a result{detail}",
                 where=self._where,
                 exit_status=status,
                 **details,
@@ -375,13 +376,3 @@ class Sandbox(Next):
     def kill(self) -> None:
         # The agent destroys the sandbox of whoever is gone; this process ends next.
         self._channel.close()
-
-
-def _status_text(status: int | None) -> str:
-    if status is None:
-        return "ended"
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            return f"was killed by {signal.Signals(-status).name}"
-        return f"was killed by signal {-status}"
-    return f"ended with status {status}"

@@ -1,6 +1,7 @@
 """The checks of the checkout: each sees what it is there for, and this checkout passes those that need no tool."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,16 @@ def test_what_a_tool_finds_is_shown_and_makes_the_check_fail(
     assert "a.py:1: untyped" in printed
     assert printed.count("found something") == 1
     assert printed.count("fine") == 7
+
+
+def test_what_the_tests_need_is_there_before_they_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(checks.packages, "ensure_test_commands", lambda: done.append("packages"))
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        done.append(argv[2])
+        return subprocess.CompletedProcess(argv, 3)
+
+    monkeypatch.setattr(checks.subprocess, "run", run)
+    assert checks.test(type("Config", (), {"root": tmp_path}), ["tests/unit"]) == 3
+    assert done == ["packages", "pytest"]

@@ -18,7 +18,6 @@ from delegate_function import (
     DelegateChain,
     DelegateGenerator,
     LateBoundYAMLDelegate,
-    NotOffered,
     SandboxDelegate,
     SlurmDelegate,
     SubprocessDelegate,
@@ -26,6 +25,7 @@ from delegate_function import (
     TrivialDelegate,
     YAMLDelegate,
     generator,
+    shell_hook,
 )
 
 CHAIN = """
@@ -84,14 +84,12 @@ def test_a_sub_delegate_can_be_set_later() -> None:
     assert delegate.compile()[1] == {"type": "sandbox", "profile": "long"}
 
 
-def test_interactive_spreads_outwards_and_stays_in_this_process() -> None:
+def test_interactive_spreads_outwards() -> None:
     chain = DelegateChain(TrivialDelegate, TrivialDelegate)(interactive=True)
     assert chain.interactive
     assert chain.invoke(TestClass(), "hello") == os.getpid()
-    outer = DelegateChain(TrivialDelegate)(SubprocessDelegate(interactive=True))
-    assert outer.interactive
-    with pytest.raises(NotOffered, match="terminal"):
-        outer.invoke(TestClass(), "hello")
+    assert DelegateChain(TrivialDelegate, SlurmDelegate)(SubprocessDelegate(interactive=True)).interactive
+    assert not DelegateChain(TrivialDelegate)(SubprocessDelegate()).interactive
 
 
 def test_nothing_starts_from_inside_a_sandbox() -> None:
@@ -132,6 +130,45 @@ def test_yaml_describes_a_chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("DELEGATE_FUNCTION_CONFIG", str(file))
     assert LateBoundYAMLDelegate().compile() == HOPS
     assert DelegateGenerator(yaml=described("type: LateBoundYAMLDelegate")).compile() == HOPS
+
+
+def test_yaml_knows_every_delegate_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHO", "me")
+    chain = DelegateGenerator(
+        yaml=described(
+            "type: TemporaryDirectoryDelegate",
+            "type: SudoDelegate, user: $WHO, sudo_args: [-H]",
+            "type: SSHDelegate, user: $WHO, host: far.example, ssh_options: [-i, $WHO.key], interactive: true",
+            "type: DockerDelegate, docker_image: image, docker_cmd_line_args: [--init], temporary_file_root: /tmp",
+            "type: SuDockerDelegate, docker_image: image, docker_user: $WHO, debug_pre_hook: SHELL",
+            "type: SubprocessDelegate, delegate_executable_path: /bin/hop",
+            "type: LateBoundYAMLDelegate",
+        )
+    ).compile()
+    hook = chain.pop(5)
+    assert (hook["type"], hook["name"], hook["call"]) == ("hook", "SuDockerDelegate", "SHELL")
+    assert hook["command"] == "sudo -n -u me -- docker run --rm -i -- image python3 -I -m delegate_function.hop"
+    assert chain == [
+        {"type": "temporary directory"},
+        {"type": "sudo", "user": "me", "options": ["-H"]},
+        {"type": "terminal"},
+        {"type": "ssh", "user": "me", "host": "far.example", "options": ["-i", "me.key"]},
+        {"type": "docker", "image": "image", "options": ["--init"]},
+        {"type": "docker", "image": "image", "sudo": {"type": "sudo", "user": "me"}},
+        {"type": "subprocess", "executable": "/bin/hop"},
+        {"type": "late"},
+    ]
+
+
+def test_descriptions_that_name_themselves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "chain.yaml"
+    file.write_text(described(f"type: YAMLDelegate, configuration_file: {file}"))
+    with pytest.raises(ConfigurationError, match="names itself"):
+        YAMLDelegate(file)
+    file.write_text(described("type: LateBoundYAMLDelegate"))
+    monkeypatch.setenv("DELEGATE_FUNCTION_CONFIG", str(file))
+    with pytest.raises(ConfigurationError, match="by itself"):
+        LateBoundYAMLDelegate().invoke(TestClass(), "hello")
 
 
 def test_a_generator_is_a_delegate_whose_values_come_back() -> None:
@@ -252,15 +289,14 @@ def test_the_shell_hook_starts_the_users_shell(
     shell.chmod(0o755)
     monkeypatch.setenv("SHELL", str(shell))
     monkeypatch.setenv("DELEGATE_FUNCTION_DEBUG_ENABLED", "yes")
-    TrivialDelegate(debug_pre_hook="SHELL").invoke(TestClass(), "set_value", 1)
+    TrivialDelegate(debug_pre_hook=shell_hook()).invoke(TestClass(), "set_value", 1)
     assert capfd.readouterr().out == "in TrivialDelegate\n"
 
 
-def test_a_hook_inside_a_chain_is_not_offered() -> None:
-    with pytest.raises(NotOffered, match="outermost"):
-        SubprocessDelegate(hooked(TrivialDelegate, Witness())).invoke(TestClass(), "hello")
-    with pytest.raises(ConfigurationError):
-        TrivialDelegate(debug_pre_hook="PDB")
+def test_other_hooks_are_refused() -> None:
+    for hook in ("PDB", (1, 2), (Witness(), 7, (), {})):
+        with pytest.raises(ConfigurationError, match="debug_pre_hook"):
+            TrivialDelegate(debug_pre_hook=hook)  # type: ignore[arg-type]
 
 
 # The command.

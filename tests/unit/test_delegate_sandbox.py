@@ -28,7 +28,11 @@ from delegate_function import (
     SandboxDelegate,
     SandboxRefused,
     SubprocessDelegate,
+    TemporaryDirectoryDelegate,
     TestClass,
+    TrivialDelegate,
+    VersionMismatch,
+    inside,
 )
 from delegate_function.delegates import BaseDelegate
 
@@ -52,6 +56,9 @@ class Guest:
     def where(self) -> tuple[int, str, dict[str, str]]:
         print("inside")
         return os.getppid(), str(Path.cwd()), dict(os.environ)
+
+    def read(self) -> list[str]:
+        return sys.stdin.readlines()
 
     def die(self, number: int) -> None:
         os.kill(os.getpid(), number)
@@ -187,6 +194,38 @@ def test_a_call_runs_in_the_sandbox_as_a_child_of_its_first_process(
     (request,) = agent.requests
     assert len(request.pop("id")) == 32
     assert request == {"v": 1, "type": "call", "job": 42, "profile": "default", "seconds": 7.5, "memory_mb": None}
+
+
+def test_an_interactive_call_reads_in_the_sandbox_what_is_typed(
+    chain: BaseDelegate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, b"one\ntwo\n")
+    os.close(write_fd)
+    chain.interactive = True
+    with open(read_fd) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert chain.invoke(Guest(), "read") == ["one\n", "two\n"]
+
+
+def test_what_stands_after_a_sandbox_happens_in_it(
+    chain: BaseDelegate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELEGATE_FUNCTION_DEBUG_ENABLED", "yes")  # which does not reach a sandbox
+    sandbox = chain._subdelegate
+    assert sandbox is not None
+    sandbox.set_subdelegate(TemporaryDirectoryDelegate(TrivialDelegate(debug_pre_hook=(Guest(), "read", (), {}))))
+    chain.invoke(Guest(), "where")
+    assert capsys.readouterr().err.startswith("TrivialDelegate: the debugging hook is disabled on ")
+
+
+def test_packages_that_differ_are_named_before_the_call(chain: BaseDelegate, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = inside.package_version("cloudpickle")
+    monkeypatch.setattr(cloudpickle, "__version__", "0.1")
+    inside.package_version.cache_clear()
+    with pytest.raises(VersionMismatch, match=rf"hop 3 of 3 \(sandbox on .*cloudpickle 0\.1 \(here {version}\)"):
+        SubprocessDelegate(chain).invoke(Guest(), "die", signal.SIGKILL)
+    inside.package_version.cache_clear()
 
 
 def test_the_agents_word_on_usage_and_node_is_known_after_a_call(chain: BaseDelegate) -> None:

@@ -86,6 +86,31 @@ def test_commands_that_are_there_need_no_package(monkeypatch: pytest.MonkeyPatch
     assert asked == [["iproute2"]]
 
 
+@pytest.mark.parametrize("systemd", [True, False])
+def test_what_the_tests_need_is_installed_and_no_server_is_started(
+    systemd: bool, monkeypatch: pytest.MonkeyPatch, bin_path: Path
+) -> None:
+    _dpkg(bin_path)
+    for name in ("apt-get", "systemctl"):
+        _command(bin_path / name)
+    monkeypatch.setattr(packages.shutil, "which", lambda command, path=None: command if command == "apt-get" else None)
+    monkeypatch.setattr(packages.Path, "is_dir", lambda path: systemd)
+    packages.ensure_test_commands()
+    calls = [call for call in _calls(bin_path) if not call.startswith("dpkg")]
+    install = "apt-get install -q -y --no-install-recommends sudo openssh-server"
+    if not systemd:
+        assert calls == ["apt-get update -q", install]
+        return
+    units = "ssh.service ssh.socket"
+    assert calls == [
+        f"systemctl mask --runtime {units}",
+        "apt-get update -q",
+        install,
+        f"systemctl disable {units}",
+        f"systemctl unmask --runtime {units}",
+    ]
+
+
 def test_ordinary_user_is_told_to_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
     packages.ensure_root()
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
