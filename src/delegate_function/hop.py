@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -386,7 +387,14 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    serve(read_fd, write_fd)
+    # Whoever ends this process ends what it started, and has its directories removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+    try:
+        serve(read_fd, write_fd)
+    except SystemExit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)  # the first process of a container does not die of it
     sys.stderr.flush()
     # A thread may still wait for an agent that does not answer.
     os._exit(0)
