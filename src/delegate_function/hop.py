@@ -302,6 +302,16 @@ def _take_steps(
         spec = {**spec, "hops": hops[1:]}
 
 
+def _with_directory(spec: dict[str, Any], where: str, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Make the directory of a call that runs here and needs one of its own: it may not live to remove it itself."""
+    if steps.leaves(spec["hops"]):
+        return spec
+    files = spec["outputs"] or len(spec["parts"]) > 1
+    if not (files or steps.count(spec["hops"])) and os.path.isdir(spec.get("directory") or ""):
+        return spec
+    return {**spec, "temporary": stack.enter_context(steps.directory(where))}
+
+
 def _check_version(spec: dict[str, Any], where: str) -> None:
     theirs = (spec.get("version"), spec.get("v"))
     if theirs != (__version__, frames.VERSION):
@@ -368,7 +378,10 @@ def serve(read_fd: int, write_fd: int) -> None:
         try:
             _check_version(spec, where)
             going_on = _take_steps(up, spec, waiting, where, stack)
-            relay = going_on if isinstance(going_on, HookRelay) else Relay(up, going_on[0], where)
+            if isinstance(going_on, HookRelay):
+                relay: Relay = going_on
+            else:
+                relay = Relay(up, _with_directory(going_on[0], where, stack), where)
         except DelegateFunctionException as error:
             up.send(frames.encode_json(frames.ERROR, to_wire(error)))
             finish_sending(up, frames.Poller())
