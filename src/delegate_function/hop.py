@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -301,6 +302,16 @@ def _take_steps(
         spec = {**spec, "hops": hops[1:]}
 
 
+def _with_directory(spec: dict[str, Any], where: str, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Make the directory of a call that runs here and needs one of its own: it may not live to remove it itself."""
+    if steps.leaves(spec["hops"]):
+        return spec
+    files = spec["outputs"] or len(spec["parts"]) > 1
+    if not (files or steps.count(spec["hops"])) and os.path.isdir(spec.get("directory") or ""):
+        return spec
+    return {**spec, "temporary": stack.enter_context(steps.directory(where))}
+
+
 def _check_version(spec: dict[str, Any], where: str) -> None:
     theirs = (spec.get("version"), spec.get("v"))
     if theirs != (__version__, frames.VERSION):
@@ -367,7 +378,10 @@ def serve(read_fd: int, write_fd: int) -> None:
         try:
             _check_version(spec, where)
             going_on = _take_steps(up, spec, waiting, where, stack)
-            relay = going_on if isinstance(going_on, HookRelay) else Relay(up, going_on[0], where)
+            if isinstance(going_on, HookRelay):
+                relay: Relay = going_on
+            else:
+                relay = Relay(up, _with_directory(going_on[0], where, stack), where)
         except DelegateFunctionException as error:
             up.send(frames.encode_json(frames.ERROR, to_wire(error)))
             finish_sending(up, frames.Poller())
@@ -386,7 +400,14 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    serve(read_fd, write_fd)
+    # Whoever ends this process ends what it started, and has its directories removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+    try:
+        serve(read_fd, write_fd)
+    except SystemExit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)  # the first process of a container does not die of it
     sys.stderr.flush()
     # A thread may still wait for an agent that does not answer.
     os._exit(0)

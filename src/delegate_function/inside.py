@@ -334,7 +334,7 @@ class _Server:
         self._check_packages()
 
     def _make_directory(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix="call-")
+        self._directory = self._spec.get("temporary") or tempfile.mkdtemp(prefix="call-")
         os.chdir(self._directory)
 
     def _take_steps(self) -> None:

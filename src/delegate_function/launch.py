@@ -276,6 +276,7 @@ def _become_worker() -> None:
     import ctypes
 
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the hop
     if os.getppid() != parent:

@@ -370,6 +370,13 @@ def test_an_interrupted_call_ends_at_once_with_its_processes(delegate: BaseDeleg
     assert _gone_within(_pids(), 2)
 
 
+def test_what_an_interrupted_call_started_ends_too(delegate: BaseDelegate) -> None:
+    threading.Thread(target=lambda: (_pids(), os.kill(os.getpid(), signal.SIGINT))).start()
+    with pytest.raises(KeyboardInterrupt):
+        delegate.invoke(Thing(), "command", "sh", "-c", "echo $$ $$ >pids; sleep 60")
+    assert _gone_within(_pids(), 2)
+
+
 def test_a_stream_that_breaks_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(io.StringIO):
         def write(self, text: str) -> int:

@@ -20,6 +20,7 @@ from delegate_function import (
     DelegateGenerator,
     LateBoundYAMLDelegate,
     NotOffered,
+    ProcessDied,
     RemoteError,
     ResultNotReturned,
     SandboxDelegate,
@@ -56,6 +57,9 @@ class Thing:
     def fail(self) -> None:
         self.seen.append("failed")
         raise KeyError("missing")
+
+    def crash(self) -> None:
+        os._exit(9)
 
     def copy(self, source: str, target: str) -> None:
         Path(target).write_text(Path(source).read_text())
@@ -103,6 +107,17 @@ def test_it_is_left_and_removed_after_an_exception_too(around: BaseDelegate, tmp
         around.invoke(thing, "fail")
     assert thing.seen == ["failed"]
     assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("name", ["first", "last", "between", "many"])
+def test_it_is_removed_after_a_crash_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    with pytest.raises(ProcessDied):
+        AROUND[name]().invoke(Thing(), "crash")
+    with pytest.raises(ProcessDied):
+        SubprocessDelegate().call(Thing(), "crash", outputs=["out"])
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_files_go_to_it_and_come_back(around: BaseDelegate, tmp_path: Path) -> None:
