@@ -1,5 +1,6 @@
 """What all tests share: their order, a time limit for each, and the live cluster with a short report on failure."""
 
+import signal
 from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker that says how long a test may take by its nature."""
+    """Name the markers, and be interruptible: what runs in the background may have been started to ignore that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "last: runs after all others of its directory")
 
 
