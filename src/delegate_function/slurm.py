@@ -111,7 +111,9 @@ def explain(status: int | None, diagnostics: str, where: str, job_id: str | None
         return JobTimeout(f"{about} came to its time limit{limit}{said}", where=where, **details)
     if state in ("NODE_FAIL", "BOOT_FAIL") or "DUE TO NODE FAILURE" in diagnostics:
         return NodeFailed(f"{about} lost its node{because}{said}", where=where, **details)
-    if state.startswith("CANCELLED") or (not state and re.search("CANCELLED AT|has been revoked", diagnostics)):
+    # A job that is still completing does not say yet how it ended; its step has.
+    is_open = not state or state in _UNFINISHED
+    if state.startswith("CANCELLED") or (is_open and re.search("CANCELLED AT|has been revoked", diagnostics)):
         return JobCancelled(f"{about} was cancelled{because}{said}", where=where, **details)
     if state == "OUT_OF_MEMORY":
         return LimitExceeded(f"{about} ran out of memory{said}", where=where, limit="memory", **details)

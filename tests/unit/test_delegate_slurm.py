@@ -126,6 +126,11 @@ ENDS = [
     ),
     ("", "srun: error: Unable to allocate resources: Invalid partition name specified", JobRejected),
     ("", "srun: Job allocation 17 has been revoked", JobCancelled),
+    (
+        "JobState=COMPLETING Reason=None NodeList=c1",
+        "slurmstepd: error: *** STEP 17.0 ON c1 CANCELLED AT 2026-11-21 ***",
+        JobCancelled,
+    ),
     ("", "srun: error: Unable to contact slurm controller", HopFailed),
 ]
 
