@@ -146,19 +146,21 @@ def test_who_used_less_goes_first(cluster: LiveCluster) -> None:
     nodes = f"-N{len(cluster.workers)}"
     users = ("jovyan", "test_user2")
 
-    def usage() -> dict[str, int]:
-        lines = cluster.slurm(f"sshare -n -P -u {','.join(users)} -o User,RawUsage").splitlines()
-        return {user: int(used) for user, used in (line.split("|") for line in lines) if user in users}
+    def shares(column: str) -> dict[str, float]:
+        lines = cluster.slurm(f"sshare -n -P -u {','.join(users)} -o User,{column}").splitlines()
+        return {user: float(value) for user, value in (line.split("|") for line in lines) if user in users}
 
-    def unequal() -> dict[str, int]:
-        found = usage()
-        return found if len(set(found.values())) == len(users) else {}
-
-    # Slurm adds up what was used once a minute, so that other tests of this run have usually done the work.
-    heavy = cluster.sbatch("sleep 3", "jovyan", nodes)
+    used = shares("RawUsage")
+    less, more = sorted(users, key=lambda user: used[user])
+    heavy = cluster.sbatch("sleep 5", more, nodes)
     cluster.wait_for_state(heavy, "COMPLETED")
-    used = wait_until(unequal, timeout_s=150, interval_s=2, what="usage")
-    more, less = sorted(users, key=lambda user: used[user], reverse=True)
+
+    # Slurm adds up what was used, and says who is due, once a minute.
+    def is_known() -> bool:
+        due = shares("FairShare")
+        return shares("RawUsage")[more] > used[more] and due[more] < due[less]
+
+    wait_until(is_known, timeout_s=150, interval_s=2, what="the usage of the heavy job is known")
     holder = cluster.sbatch("sleep 120", "test_user1", nodes)
     cluster.wait_until_runs(holder)
     second = cluster.sbatch("sleep 2", more, nodes)
