@@ -36,8 +36,6 @@ from cfiddle_cluster.report import Report
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
-DRAIN_TIMEOUT_S = 24 * 3600.0
-"""How long a removal waits for the jobs of a worker: the longest time limit that conf/slurm.conf allows."""
 STOP_TIMEOUT_S = 60.0
 WORKERS = "workers.json"
 """The file of the state that says what `scale`, `add-worker` and `remove-worker` made of the workers in config.sh."""
@@ -262,7 +260,7 @@ class Cluster:
                 slurm.set_down([name], "cfiddle: its machine is gone")
             else:
                 slurm.drain([name], "cfiddle: the worker is being removed")
-                slurm.wait_until_empty([name], timeout_s=DRAIN_TIMEOUT_S)
+                slurm.wait_until_empty([name], timeout_s=stack.DRAIN_TIMEOUT_S)
         with report.step(f"take {name} out of the cluster"):
             swarm.unlabel_worker(name)
             wait_until(

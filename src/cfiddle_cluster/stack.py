@@ -41,7 +41,7 @@ WORKER_SERVICES = ("slurmd", "agent")
 
 DRAIN_REASON = "cfiddle: a new version is being deployed"
 DRAIN_TIMEOUT_S = 24 * 3600.0
-"""Seconds that a deploy waits for running jobs: the longest time limit that conf/slurm.conf allows."""
+"""Seconds that running jobs are waited for: the longest time limit that conf/slurm.conf allows."""
 START_TIMEOUT_S = 180.0
 
 _DEFINITION = "cfiddle.definition"

@@ -12,6 +12,7 @@ from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each, resolved
+from cfiddle_cluster.services import is_manager
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
@@ -28,11 +29,6 @@ JOINED = "joined.json"
 _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _LEAVE = "/swarm/leave?force=true"
 _SERVICE_NAMES = frozenset({"localhost", "mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost"})
-
-
-def is_manager() -> bool:
-    """Tell whether the head's engine manages a swarm."""
-    return bool(engine.client().info()["Swarm"]["ControlAvailable"])
 
 
 def refuse_other_address(config: Config) -> None:
