@@ -18,7 +18,7 @@ TYPE_CHECKING = False  # the module `typing` takes longer to load than all that 
 if TYPE_CHECKING:
     from typing import Any
 
-    from delegate_function.caller import CallInfo as CallInfo
+    from delegate_function.callinfo import CallInfo as CallInfo
     from delegate_function.delegates import BaseDelegate as BaseDelegate
     from delegate_function.delegates import DelegateChain as DelegateChain
     from delegate_function.delegates import DockerDelegate as DockerDelegate
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from delegate_function.testing import TestClass as TestClass
 
 _MODULES = {
-    "caller": ["CallInfo"],
+    "callinfo": ["CallInfo"],
     "delegates": [
         "BaseDelegate",
         "DelegateChain",

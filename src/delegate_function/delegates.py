@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from delegate_function import caller, files, hop, remote, slurm, steps
-from delegate_function.caller import CallInfo
+from delegate_function.callinfo import CallInfo
 from delegate_function.errors import CallNotSent, ConfigurationError, ResultNotReturned
 from delegate_function.steps import SHELL
 
