@@ -285,7 +285,7 @@ def test_an_agent_that_goes_away_is_told(chain: BaseDelegate, agent: Agent) -> N
     with pytest.raises(HopFailed, match="agent went away"):
         chain.invoke(TestClass(), "hello")
     agent.stop()
-    with pytest.raises(HopFailed, match="agent (is gone|cannot be asked)"):
+    with pytest.raises(HopFailed, match=r"agent (is gone|cannot be asked)"):
         chain.invoke(TestClass(), "hello")
 
 
