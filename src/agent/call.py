@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["SOCKET", "Call", "Ended", "Refused", "call"]
+__all__ = ["SOCKET", "Call", "Ended", "Hold", "Refused", "call", "hold"]
 
 _CONNECT_S = 10.0
 
@@ -68,17 +68,9 @@ class Call:
             OSError: there is no agent to speak to.
         """
         self.id = os.urandom(16).hex()
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._connection.settimeout(_CONNECT_S)
-            self._connection.connect(socket_path)
-            request = {"id": self.id, "job": job, "profile": profile, "seconds": seconds, "memory_mb": memory_mb}
-            message = {"v": wire.VERSION, "type": "call", **request}
-            wire.send(self._connection, message, (channel.fileno(), stdout, stderr))
-            self._connection.settimeout(None)
-        except BaseException:
-            self._connection.close()
-            raise
+        request = {"id": self.id, "job": job, "profile": profile, "seconds": seconds, "memory_mb": memory_mb}
+        self._connection = _ask("call", request, socket_path, (channel.fileno(), stdout, stderr))
+        self._connection.settimeout(None)
 
     def wait(self, on_started: Callable[[dict[str, Any]], None] | None = None) -> Ended:
         """Wait for the end; `on_started` is given the agent's message when the call's process has its descriptors.
@@ -132,3 +124,58 @@ def call(
         return asked.wait(on_started)
     finally:
         asked.close()
+
+
+class Hold:
+    """A job that measures by its calls alone; to close it is to say that this is so no longer."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        connection.setblocking(False)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the agent has ended it: it was restarted, or the job is over."""
+        try:
+            self._connection.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        """Give it up."""
+        self._connection.close()
+
+
+def hold(*, job: int, socket_path: str = SOCKET) -> Hold:
+    """Tell the agent that a job of the user's measures by its calls alone, so that it may work between them.
+
+    Raises:
+        Refused: the user has no such job on this machine, or it is held already.
+        OSError: there is no agent to speak to.
+    """
+    connection = _ask("lease", {"job": job}, socket_path)
+    try:
+        answer, _ = wire.receive(connection)
+        if answer.get("type") == "refused":
+            raise Refused(str(answer["code"]), str(answer["message"]))
+        return Hold(connection)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, EOFError):
+            raise ConnectionError("the agent went away") from error
+        raise
+
+
+def _ask(kind: str, request: dict[str, Any], path: str, descriptors: tuple[int, ...] = ()) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(_CONNECT_S)
+        connection.connect(path)
+        wire.send(connection, {"v": wire.VERSION, "type": kind, **request}, descriptors)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
