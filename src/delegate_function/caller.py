@@ -125,7 +125,6 @@ def _travel(
         # Also Ctrl-C, and a stream that cannot be written: nobody waits for the call any more.
         exchange.cancel()
         raise
-    exchange.join()
 
 
 def _consume(exchange: Exchange, output: Output, result: Result, info: CallInfo) -> None:

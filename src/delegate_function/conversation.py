@@ -56,10 +56,6 @@ class Exchange:
         """End the call, wherever it is; return when nothing of it is under way any more."""
         self._conversation.cancel(self)
 
-    def join(self) -> None:
-        """Wait for the end of what served the call alone."""
-        self._conversation.over(self)
-
     def input_fd(self) -> int | None:
         """Return the descriptor of the caller's standard input, if some of it may be sent now."""
         return self._keys_fd if self._keys_budget >= frames.CHUNK else None
@@ -181,13 +177,6 @@ class Conversation:
         if exchange := self._exchange:
             self.cancel(exchange)
 
-    def over(self, exchange: Exchange) -> None:
-        """Return when what served a call that has come back is ready for the next, or has ended."""
-        if self._hold is not None:
-            exchange.ended.wait()
-        else:
-            self._thread.join()
-
     def close(self) -> None:
         """End the process and all that hangs on it; return when this has been done."""
         self._command(None)
@@ -287,12 +276,11 @@ class Conversation:
                     raise from_wire(frames.decode_json(content))
                 continue  # it was under way when its call was cancelled
             if self._exchange.hear(kind, content):
-                if self._hold is None:
-                    process.close()
-                    self._exchange = None
-                    return False
                 self._exchange.ended.set()
                 self._exchange = None
+                if self._hold is None:
+                    process.close()  # the caller goes on meanwhile: Slurm takes 10 ms to end a job
+                    return False
         return True
 
     def _greet(self, process: launch.Process, greeting: dict[str, Any]) -> bool:
