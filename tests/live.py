@@ -359,10 +359,7 @@ class LiveCluster:
         argv = ["docker", "events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}", "--format"]
         argv += ["{{json .}}", "--filter", "type=container", "--filter", f"label={SANDBOX_LABEL}"]
         lines = self.on_worker(worker, argv).ok().splitlines()
-        return [
-            Event(said["Action"], said["id"], said["timeNano"] / 1e9)
-            for said in map(json.loads, lines)
-        ]
+        return [Event(said["Action"], said["id"], said["timeNano"] / 1e9) for said in map(json.loads, lines)]
 
     # Slurm
 
