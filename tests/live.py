@@ -27,7 +27,7 @@ NOBODY = "172.31.240.99"
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost")
 MACHINE = "cfiddle-machine-"
-CALL_LABEL = "cfiddle.call"
+SANDBOX_LABEL = "cfiddle.sandbox"
 
 PATIENCE = float(os.environ.get("CFIDDLE_TEST_PATIENCE", "1"))
 """Every deadline is multiplied by this; what is asserted about speed is not."""
@@ -250,7 +250,6 @@ class Event:
     action: str
     container: str
     time: float
-    labels: Mapping[str, str]
 
 
 class LiveCluster:
@@ -334,24 +333,33 @@ class LiveCluster:
 
     # sandboxes
 
+    def held(self, worker: str) -> dict[str, tuple[str, str]]:
+        """Return what the worker's agent says of its sandboxes: by container, the state and the job (0 for none)."""
+        agent = self.container("agent", worker)
+        if not agent:
+            return {}
+        said = self.on_worker(worker, ["docker", "exec", agent, "python3", "-m", "agent", "--list"])
+        lines = [line.split() for line in said.stdout.splitlines()]
+        return {container: (state, job) for container, state, _, job in lines}
+
     def sandboxes(self, worker: str | None = None) -> list[str]:
-        """Return the containers of calls, running or not, on one worker or on all."""
+        """Return the containers of calls, running or not, on one worker or on all; not those that wait for a call."""
         names = [worker] if worker else self.workers
         found = []
         for name in names:
-            argv = ["docker", "ps", "-aq", "--no-trunc", "--filter", f"label={CALL_LABEL}"]
-            found += [f"{name}:{container}" for container in self.on_worker(name, argv).ok().split()]
+            argv = ["docker", "ps", "-aq", "--no-trunc", "--filter", f"label={SANDBOX_LABEL}"]
+            containers = self.on_worker(name, argv).ok().split()
+            states = {container: state for container, (state, _) in self.held(name).items()} if containers else {}
+            waiting = ("made", "connected", "ready")
+            found += [f"{name}:{container}" for container in containers if states.get(container) not in waiting]
         return found
 
     def events(self, worker: str, since: float) -> list[Event]:
-        """Return what the worker's engine said about containers of calls since then."""
+        """Return what the worker's engine said about sandboxes since then."""
         argv = ["docker", "events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}", "--format"]
-        argv += ["{{json .}}", "--filter", "type=container", "--filter", f"label={CALL_LABEL}"]
+        argv += ["{{json .}}", "--filter", "type=container", "--filter", f"label={SANDBOX_LABEL}"]
         lines = self.on_worker(worker, argv).ok().splitlines()
-        return [
-            Event(said["Action"], said["id"], said["timeNano"] / 1e9, said["Actor"]["Attributes"])
-            for said in map(json.loads, lines)
-        ]
+        return [Event(said["Action"], said["id"], said["timeNano"] / 1e9) for said in map(json.loads, lines)]
 
     # Slurm
 

@@ -105,9 +105,21 @@ docker_engine() {
     elif ! "${docker[@]}" info --format '{{json .}}' 2>/dev/null | grep '"ServerVersion":"[^"]' | sed 's/^/info /'; then
         printf 'engine stopped\n'
     else
-        "${docker[@]}" ps --all --no-trunc --filter label=cfiddle.sandbox \
-            --format 'sandbox {{.ID}} {{.Label "cfiddle.job"}}' 2>/dev/null
+        sandboxes
     fi
+}
+
+# Sandboxes that serve or have served, with their job; one of which no agent knows has none. Those that wait are left out.
+sandboxes() {
+    local docker=(timeout 10 docker --host unix:///var/run/docker.sock) found agent known container state job
+    found=$("${docker[@]}" ps --all --quiet --no-trunc --filter label=cfiddle.sandbox 2>/dev/null)
+    [[ $found ]] || return 0
+    agent=$("${docker[@]}" ps --quiet --filter label=com.docker.swarm.service.name=slurm-stack_agent 2>/dev/null)
+    known=$("${docker[@]}" exec "${agent:-none}" python3 -m agent --list 2>/dev/null)
+    for container in $found; do
+        read -r _ state _ job <<<"$(grep "^$container " <<<"$known")"
+        [[ $state == @(made|connected|ready) ]] || printf 'sandbox %s %s\n' "$container" "$job"
+    done
 }
 
 main() {

@@ -524,41 +524,60 @@ def main(arguments: list[str]) -> NoReturn:
     """Wait in a sandbox for its one call, and let a child of this process serve it.
 
     This process is the sandbox's first: when it ends, the kernel ends all others. It outlives the call, so that the
-    agent can still look at what was used, and ends when the agent closes the connection or is gone.
+    agent can still look at what was used, and ends when the agent closes the connection or is gone. The child is there
+    before the call is, with all that is imported, so that the call waits for no fork and its memory is its own.
     """
     modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=False) if option == "--import"]
     if len(modules) * 2 != len(arguments):
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
-    gc.disable()  # imports make much and throw away little: to look for it took a fifth of their time
-    for module in ("cloudpickle", "ctypes", *modules):
-        importlib.import_module(module)
-        package_version(module.partition(".")[0])
-    _end_threads()
-    gc.freeze()  # the child shares these pages as long as its collector leaves them alone
-    gc.enable()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        _prepare(modules)
+        theirs.send(json.dumps({"type": "ready", "counters": _counters_error()}).encode())
+        _, descriptors, _, _ = socket.recv_fds(theirs, 1, 3)
+        if len(descriptors) != 3:
+            os._exit(1)
+        theirs.close()
+        serve(descriptors[0], descriptors[1], descriptors[2])
+    theirs.close()
+    _protect()
+    ready = ours.recv(4096)
+    if not ready:
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     agent.connect(SOCKET)
-    agent.send(json.dumps({"type": "ready", "counters": _counters_error()}).encode())
+    agent.send(ready)
+    if ours in select.select([agent, ours], [], [])[0]:
+        sys.exit("the process for the call is gone")
     message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
     if not message:
         os._exit(1)
     if json.loads(message).get("type") != "call" or len(descriptors) != 3:
         sys.exit("the agent sent no call")
-    child = os.fork()
-    if child == 0:
-        agent.close()
-        serve(descriptors[0], descriptors[1], descriptors[2])
-    for fd in descriptors:
+    socket.send_fds(ours, [b"c"], descriptors)
+    for fd in (ours.detach(), *descriptors):
         os.close(fd)
     _supervise(child, agent)
 
 
-def _end_threads() -> None:
-    """Let libraries end their threads, as OpenBLAS does at a fork: not when the call waits for it, but now."""
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
+def _prepare(modules: list[str]) -> None:
+    """Import what calls need."""
+    gc.disable()  # imports make much and throw away little: to look for that took a fifth of their time
+    for module in ("cloudpickle", "ctypes", *modules):
+        importlib.import_module(module)
+        package_version(module.partition(".")[0])
+    gc.freeze()
+    gc.enable()
+
+
+def _protect() -> None:
+    """Let nobody take the agent's connection out of this process."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
 
 
 def _counters_error() -> int:
@@ -584,9 +603,6 @@ def _counters_error() -> int:
 
 def _supervise(child: int, agent: socket.socket) -> NoReturn:
     """Reap processes, report the child's status to the agent, and end when it closes the connection."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: the call cannot take the connection out of this process
     connection = agent.fileno()
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_read, False)

@@ -16,7 +16,7 @@ agent.settimeout(20)
 agent.connect("/run/cfiddle-agent/agent.sock")
 channel, _ = socket.socketpair()
 _, write = os.pipe()
-request = {"v": 1, "type": "call", "id": os.urandom(16).hex(), "profile": "default"}
+request = {"v": 2, "type": "call", "id": os.urandom(16).hex(), "profile": "default"}
 request |= {"job": int(os.environ["SLURM_JOB_ID"])} | json.loads(sys.argv[1])
 given = array.array("i", [channel.fileno(), write, write])
 agent.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
@@ -76,7 +76,7 @@ def test_job_that_ended_is_refused(cluster: LiveCluster) -> None:
     [
         ({"image": "debian"}, "field"),
         ({"mounts": ["/:/host"]}, "field"),
-        ({"v": 2}, "version"),
+        ({"v": 1}, "version"),
         ({"profile": "-v/:/host"}, "field"),
         ({"profile": "default\n--privileged"}, "field"),
         ({"job": "1; id"}, "field"),

@@ -1,6 +1,7 @@
 """The agent's image with a real engine: calls from a job step's container, each in a sandbox of its own."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +11,10 @@ from typing import Any
 import pytest
 
 from cfiddle_cluster.commands import docker_cli, run
-from containers import Container, Start
+from containers import Start
 from hostile import ABUSES, ESCAPE, VIEW, check_view, program
 from live import wait_until
-
-USER, OTHER = 2001, 2002
+from worker import OTHER, RAW, USER, Worker, start_worker
 
 POLICY = """
 version: 1
@@ -29,131 +29,18 @@ profiles:
   no-answer: {<<: *default, command: [python3, -c, "raise SystemExit(3)"]}
 """
 
-# What every program below begins with.
-PRELUDE = """
-import os, signal, subprocess, sys, threading, time
-from delegate_function import DelegateFunctionException, LimitExceeded, ProcessDied, SandboxDelegate, SandboxRefused
-class Call:
-    def run(self, text, *arguments):
-        names = {"arguments": arguments}
-        exec(text, names)
-        return names.get("result")
-def call(text, *arguments, **options):
-    return SandboxDelegate(**options).invoke(Call(), "run", text, *arguments)
-def refusal(text="", **options):
-    try:
-        call(text, **options)
-    except SandboxRefused as error:
-        return error.details["reason"], str(error)
-"""
-
-# A request by hand, as an enemy writes it: any fields, any descriptors.
-RAW = """
-import array, json, os, socket, sys
-def ask(request, descriptors=None, kind=socket.SOCK_STREAM):
-    agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    agent.settimeout(20)
-    agent.connect("/run/cfiddle-agent/agent.sock")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-    read, write = os.pipe()
-    given = [theirs.fileno(), write, write] if descriptors is None else descriptors
-    base = {"v": 1, "type": "call", "id": os.urandom(16).hex(), "job": 7, "profile": "default"}
-    data = request if isinstance(request, bytes) else json.dumps({**base, **request}).encode()
-    agent.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", given))] if given else [])
-    answer = json.loads(agent.recv(65536) or b"{}")
-    agent.close()
-    return answer.get("code") or answer.get("type"), answer.get("message", "")
-"""
-
-
-class Worker:
-    """An agent, and a container in which job steps run."""
-
-    def __init__(self, agent: Container, step: Container, grants: str) -> None:
-        self.agent = agent
-        self.step = step
-        self._grants = grants
-
-    def grant(self, job: int, content: str) -> None:
-        self.step.run(
-            "sh", "-c", f"printf %s '{content}' >{self._grants}/.{job} && mv {self._grants}/.{job} {self._grants}/{job}"
-        )
-
-    def revoke(self, job: int) -> None:
-        self.step.run("rm", "-f", f"{self._grants}/{job}")
-
-    def start(self, program: str, *, uid: int = USER, job: int = 7, prelude: str = PRELUDE) -> subprocess.Popen[str]:
-        """Start a Python program as a user's job step."""
-        options = ["--user", f"{uid}:{uid}", "--env", f"SLURM_JOB_ID={job}", "--workdir", "/tmp"]
-        argv = [str(docker_cli()), "exec", "-i", *options, self.step.name, "python3", "-c", prelude + program]
-        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def python(self, program: str, *, timeout_s: float = 60, **options: Any) -> str:
-        """Run a Python program as a user's job step and return what it wrote; fail if it fails."""
-        process = self.start(program, **options)
-        out, err = process.communicate(timeout=timeout_s)
-        assert process.returncode == 0, err[-3000:]
-        return out.strip()
-
-    def sandboxes(self, *options: str) -> list[str]:
-        argv = [docker_cli(), "ps", "-a", "-q", "--no-trunc", "--filter", "label=cfiddle.call", *options]
-        return run(argv, timeout_s=30).split()
-
-    def one_that_serves(self) -> dict[str, Any]:
-        """Wait for a call to be served, and return what the engine says of its container."""
-        running = lambda: self.sandboxes("--filter", "status=running")  # noqa: E731
-        [container] = wait_until(running, timeout_s=20, what="a sandbox runs")
-        argv = [docker_cli(), "top", container, "-o", "pid"]
-        wait_until(lambda: len(run(argv, timeout_s=30).split()) > 2, timeout_s=20, what="the call is served")
-        return dict(json.loads(run([docker_cli(), "inspect", container], timeout_s=30))[0])
-
-    def wait_until_none_runs(self, *, timeout_s: float = 2.0) -> None:
-        wait_until(
-            lambda: not self.sandboxes("--filter", "status=running"),
-            timeout_s=timeout_s,
-            interval_s=0.05,
-            what="no sandbox runs",
-        )
-
-    def wait_until_none_is_left(self) -> None:
-        wait_until(lambda: not self.sandboxes(), timeout_s=10, what="no sandbox is left")
-
 
 @pytest.fixture(scope="module")
 def worker(start_for_all: Start, image: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    base = tmp_path_factory.mktemp("worker")
-    (base / "policy.yaml").write_text(POLICY)
-    (base / "policy.yaml").chmod(0o444)
-    for name, mode in (("socket", 0o755), ("grants", 0o700), ("sandboxes", 0o755)):
-        (base / name).mkdir(mode=mode)
-    agent = start_for_all(
-        "agent",
-        options=[
-            *("--hostname", "c1", "--env", f"SANDBOX_IMAGE={image('sandbox')}"),
-            *("--volume", "/var/run/docker.sock:/var/run/docker.sock", "--volume", "/sys/fs/cgroup:/run/cgroup:ro"),
-            *("--volume", f"{base}/policy.yaml:/etc/cfiddle/policy.yaml:ro"),
-            *("--volume", f"{base}/socket:/run/cfiddle-agent", "--volume", f"{base}/grants:/run/cfiddle-grants:ro"),
-            *("--volume", f"{base}/sandboxes:/run/cfiddle-sandboxes"),
-        ],
-    )
-    step = start_for_all(
-        "cluster",
-        "1d",
-        options=[
-            *("--hostname", "c1", "--entrypoint", "sleep"),
-            *("--volume", f"{base}/socket:/run/cfiddle-agent:ro", "--volume", f"{base}/grants:/run/cfiddle-grants"),
-        ],
-    )
-    agent.wait_until_healthy()
-    found = Worker(agent, step, "/run/cfiddle-grants")
-    found.grant(7, f"{USER}\n")
-    found.grant(8, f"{OTHER}\n")
-    return found
+    return start_worker(start_for_all, image, tmp_path_factory.mktemp("worker"), POLICY)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(worker: Worker) -> Iterator[None]:
+    worker.grant(7, f"{USER}\n")
+    worker.grant(8, f"{OTHER}\n")
     yield
+    worker.revoke(7, 8)
     worker.wait_until_none_is_left()
     assert worker.agent.run("sh", "-c", "ls /run/cfiddle-sandboxes") == ""
 
@@ -169,7 +56,7 @@ def _events(since: float) -> list[dict[str, Any]]:
         "--format",
         "{{json .}}",
     ]
-    lines = run([*argv, "--filter", "type=container", "--filter", "label=cfiddle.call"], timeout_s=30).splitlines()
+    lines = run([*argv, "--filter", "type=container", "--filter", "label=cfiddle.sandbox"], timeout_s=30).splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -186,6 +73,7 @@ print(call("import os; print('from inside', os.getuid()); result = arguments[0] 
 def test_each_call_has_a_container_of_its_own(worker: Worker) -> None:
     began = time.time()
     worker.python("for number in range(3): assert call('result = arguments[0]', number) == number")
+    worker.revoke(7)
     worker.wait_until_none_is_left()
     events = _events(began)
     started = [event["id"] for event in events if event["Action"] == "start"]
@@ -193,9 +81,9 @@ def test_each_call_has_a_container_of_its_own(worker: Worker) -> None:
     for container in started:
         actions = [event["Action"] for event in events if event["id"] == container]
         assert [actions.count(action) for action in ("create", "start", "die", "destroy")] == [1, 1, 1, 1]
-    attributes = [event["Actor"]["Attributes"] for event in events if event["Action"] == "start"]
-    assert len({found["cfiddle.call"] for found in attributes}) == 3
-    assert {(found["cfiddle.job"], found["cfiddle.uid"]) for found in attributes} == {("7", str(USER))}
+    log = worker.agent.log()
+    for container in started:
+        assert re.search(f"call [0-9a-f]{{32}} of user {USER}, job 7, in {container[:12]}: exited 0", log)
 
 
 def test_usage_and_fingerprint_come_with_the_result(worker: Worker) -> None:
@@ -207,16 +95,16 @@ ours, theirs = socket.socketpair()
 read, write = os.pipe()
 ours.close()
 streams = {"channel": theirs, "stdout": write, "stderr": write}
-asked = Call(job=7, profile="one-core", seconds=5, memory_mb=100, **streams)
+asked = Call(job=7, profile="one-core", seconds=5, memory_mb=150, **streams)
 started, ended = asked.take(), asked.take()
 import json
 print(json.dumps([started, ended.reason, ended.exit_status, ended.usage, ended.node]))
 """
     started, reason, status, usage, node = json.loads(worker.python(program))
     assert (reason, status) == ("exited", 1)
-    assert started["limits"] == {"seconds": 5, "memory_mb": 100, "processes": 48, "output_mb": 4}
+    assert started["limits"] == {"seconds": 5, "memory_mb": 150, "processes": 48, "output_mb": 4}
     assert 0 < usage["wall_s"] < 5
-    assert 5 < usage["peak_memory_mb"] < 100
+    assert 5 < usage["peak_memory_mb"] < 150
     assert usage["user_s"] >= 0
     assert usage["system_s"] >= 0
     assert node == started["node"]
@@ -319,11 +207,14 @@ def test_a_job_s_cpus_are_the_sandbox_s(worker: Worker) -> None:
         ({"image": "debian"}, "field"),
         ({"mounts": ["/:/host"]}, "field"),
         ({"privileged": True}, "field"),
-        ({"v": 2}, "version"),
-        ({"v": "1"}, "version"),
+        ({"v": 1}, "version"),
+        ({"v": 3}, "version"),
+        ({"v": "2"}, "version"),
         ({"v": True}, "version"),
         ({"type": "exec"}, "field"),
         ({"type": ["call"]}, "field"),
+        ({"type": "lease"}, "field"),
+        ({"type": "list"}, "user"),
         ({"profile": "--privileged"}, "field"),
         ({"profile": "default\n"}, "field"),
         ({"profile": "../default"}, "field"),
@@ -339,11 +230,11 @@ def test_a_job_s_cpus_are_the_sandbox_s(worker: Worker) -> None:
         ({"seconds": -1}, "field"),
         ({"seconds": 1e400}, "malformed"),
         ({"memory_mb": 1.5}, "field"),
-        ({"memory_mb": 1}, "field"),
+        ({"memory_mb": 127}, "field"),
         (b"not JSON", "malformed"),
         (b"[]", "malformed"),
         (b"[" * 60000, "malformed"),
-        (b'{"v": 1, "v": 1, "type": "call"}', "malformed"),
+        (b'{"v": 2, "v": 2, "type": "call"}', "malformed"),
         (b"\xff\xfe", "malformed"),
     ],
 )
@@ -352,7 +243,7 @@ def test_what_cannot_be_asked_is_refused(worker: Worker, request_: dict[str, Any
     answer = worker.python(program.replace("inf", "float('inf')"), prelude=RAW)
     assert answer.split()[0] == code
     if code == "version":
-        assert "known: 1" in answer
+        assert "known: 2" in answer
     if code == "field":
         assert answer.isprintable()
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.policy import Policy, PolicyError, load, parse
+from agent.policy import Mount, Policy, PolicyError, load, parse
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {
@@ -35,7 +35,9 @@ def test_the_policy_of_this_checkout_is_valid() -> None:
     policy = load(ROOT / "policy.yaml", sandbox_image="cfiddle-sandbox:1")
     assert list(policy.profiles) == ["default"]
     assert policy.profiles["default"].image == "cfiddle-sandbox:1"
-    assert policy.profiles["default"].command[-1] == "delegate_function.inside"
+    assert policy.profiles["default"].command[3] == "delegate_function.inside"
+    assert policy.profiles["default"].pool > 0
+    assert policy.profiles["default"].mounts == ()
 
 
 def test_a_request_lowers_limits_and_raises_none() -> None:
@@ -87,6 +89,84 @@ def test_cpus_that_are_no_list_are_refused(cpus: object) -> None:
 def test_what_is_no_image_is_refused(image: object) -> None:
     with pytest.raises(PolicyError, match="image is"):
         _parse(_document(image=image))
+
+
+def test_a_profile_has_nothing_that_is_not_given() -> None:
+    profile = _parse(_document()).profiles["default"]
+    assert (profile.pool, profile.counters, profile.mounts) == (0, False, ())
+    given = _parse(_document(pool=3, counters=True, network="none", mounts=[{"source": "/srv/a", "target": "/data"}]))
+    profile = given.profiles["default"]
+    assert (profile.pool, profile.counters, profile.mounts) == (3, True, (Mount("/srv/a", "/data"),))
+
+
+@pytest.mark.parametrize("pool", [-1, 257, 1.5, "4", True, None])
+def test_pool_out_of_range_is_named(pool: object) -> None:
+    with pytest.raises(PolicyError, match=r"profiles\.default\.pool is"):
+        _parse(_document(pool=pool))
+
+
+@pytest.mark.parametrize("counters", [0, 1, "true", None, []])
+def test_counters_are_there_or_not(counters: object) -> None:
+    with pytest.raises(PolicyError, match=r"profiles\.default\.counters is .*, neither true nor false"):
+        _parse(_document(counters=counters))
+
+
+@pytest.mark.parametrize("network", ["bridge", "host", None, True, ""])
+def test_there_is_no_network(network: object) -> None:
+    with pytest.raises(PolicyError, match=r"profiles\.default\.network is .*; a sandbox has none"):
+        _parse(_document(network=network))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["data", "", "/srv/../etc", "/srv/", "/srv//a", "//srv", "/srv/.", "/srv/a\nb", "/srv/a\0b", None, 5, ["/srv"]],
+)
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_a_mount_s_paths_are_absolute_and_plain(end: str, path: object) -> None:
+    mount = {"source": "/srv/a", "target": "/data", end: path}
+    with pytest.raises(PolicyError, match=rf"profiles.default.mounts\[0\].{end} is"):
+        _parse(_document(mounts=[mount]))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("/", "/var", "/var/run", "/var/run/docker.sock", "/run", "/run/docker.sock", "/run/cfiddle-grants", "/proc"),
+        *(
+            "/proc/1",
+            "/sys/fs/cgroup",
+            "/dev",
+            "/dev/shm",
+            "/var/lib",
+            "/var/lib/docker/volumes/x",
+            "/var/lib/containerd",
+        ),
+    ],
+)
+def test_what_gives_the_machine_away_is_no_source(source: str) -> None:
+    with pytest.raises(PolicyError, match=r"mounts\[0\].source is .*cannot be mounted"):
+        _parse(_document(mounts=[{"source": source, "target": "/data"}]))
+
+
+@pytest.mark.parametrize("target", ["/", "/tmp", "/tmp/a", "/proc/self", "/sys", "/dev/shm", "/run/cfiddle", "/run"])
+def test_what_a_sandbox_has_already_is_no_target(target: str) -> None:
+    with pytest.raises(PolicyError, match=r"mounts\[0\].target is .*cannot be mounted"):
+        _parse(_document(mounts=[{"source": "/srv/a", "target": target}]))
+
+
+@pytest.mark.parametrize("target", ["/data", "/data/deeper"])
+def test_no_mount_lies_in_another(target: str) -> None:
+    mounts = [{"source": "/srv/a", "target": "/data"}, {"source": "/srv/b", "target": target}]
+    with pytest.raises(PolicyError, match=r"mounts\[1\].target .* another mount's"):
+        _parse(_document(mounts=mounts))
+    mounts[1]["target"] = "/database"
+    assert len(_parse(_document(mounts=mounts)).profiles["default"].mounts) == 2
+
+
+@pytest.mark.parametrize("mounts", [{}, "x", [5], [{"source": "/srv/a"}], [{"source": "/a", "target": "/b", "rw": 1}]])
+def test_what_is_no_list_of_mounts_is_refused(mounts: object) -> None:
+    with pytest.raises(PolicyError, match=r"profiles.default.mounts"):
+        _parse(_document(mounts=mounts))
 
 
 @pytest.mark.parametrize("command", [[], "python3 -I", ["a", 1], [""], None])

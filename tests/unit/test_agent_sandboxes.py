@@ -1,6 +1,8 @@
 """The fixed shape of a sandbox, byte for byte, and what privileged code may not even load."""
 
 import ast
+import dataclasses
+import errno
 import json
 import platform
 from pathlib import Path
@@ -9,8 +11,8 @@ import pytest
 
 import agent
 from agent import seccomp, usage
-from agent.node import fingerprint, numbers
-from agent.policy import Limits, Profile
+from agent.node import counters, fingerprint, numbers
+from agent.policy import Limits, Mount, Profile
 from agent.sandboxes import configuration
 
 LIMITS = Limits(
@@ -97,6 +99,21 @@ def test_configuration_is_the_golden_one() -> None:
     assert json.dumps(found) == json.dumps(GOLDEN)
 
 
+def test_mounts_are_read_only_and_bring_nothing_along() -> None:
+    found = configuration(
+        profile=dataclasses.replace(PROFILE, mounts=(Mount("/srv/data", "/data"),)),
+        limits=LIMITS,
+        cpus="",
+        socket_directory="/sockets/x",
+        cgroup_parent="/cfiddle",
+        seccomp_profile="{}",
+    )
+    [mount] = found["HostConfig"]["Mounts"]
+    assert (mount["Type"], mount["Source"], mount["Target"], mount["ReadOnly"]) == ("bind", "/srv/data", "/data", True)
+    assert mount["BindOptions"] == {"NonRecursive": True, "Propagation": "rprivate"}
+    assert found["HostConfig"]["Binds"] == ["/sockets/x:/run/cfiddle:ro"]
+
+
 def test_agent_loads_nothing_that_runs_what_it_is_given() -> None:
     modules = sorted(Path(agent.__file__).parent.glob("*.py"))
     assert len(modules) > 8
@@ -135,6 +152,16 @@ def test_seccomp_allows_a_list_and_denies_the_rest(machine: str) -> None:
     assert clone["args"][0]["value"] & 0x7E020000 == 0x7E020000
     families = [rule["args"][0]["value"] for rule in profile["syscalls"] if rule["names"] == ["socket"]]
     assert families == [1, 2, 10]
+
+
+def test_counters_are_of_oneself_alone() -> None:
+    without, given = (seccomp.profile("x86_64", counters=counters)["syscalls"] for counters in (False, True))
+    [rule] = [rule for rule in given if rule not in without]
+    assert [found for found in given if found is not rule] == without
+    assert (rule["names"], rule["action"]) == (["perf_event_open"], "SCMP_ACT_ALLOW")
+    masks = {argument["index"]: (argument["value"], argument["valueTwo"]) for argument in rule["args"]}
+    assert masks == {1: (0xFFFFFFFF, 0), 4: (0xFFFFFFFFFFFFFFF7, 0)}, "pid 0; no flag but to close it at exec"
+    assert {argument["op"] for argument in rule["args"]} == {"SCMP_CMP_MASKED_EQ"}
 
 
 def test_seccomp_knows_this_machine() -> None:
@@ -176,6 +203,30 @@ def test_usage_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert usage.Cgroup(tmp_path, "abc").read() == usage.Reading(None, None, None, 0, 0, None)
 
 
+def test_a_group_is_frozen_and_thawed(tmp_path: Path) -> None:
+    _write(tmp_path / "1/freezer/cfiddle/abc", freezer__state="THAWED\n")
+    _write(tmp_path / "2", cgroup__controllers="cpu\n")
+    _write(tmp_path / "2/cfiddle.slice/docker-abc.scope", cgroup__freeze="0\n")
+    files = (
+        tmp_path / "1/freezer/cfiddle/abc/freezer.state",
+        tmp_path / "2/cfiddle.slice/docker-abc.scope/cgroup.freeze",
+    )
+    groups = [usage.Cgroup(tmp_path / version, "abc") for version in ("1", "2")]
+    for group in groups:
+        group.freeze()
+    assert [file.read_text() for file in files] == ["FROZEN", "1"]
+    for group in groups:
+        group.thaw()
+    assert [file.read_text() for file in files] == ["THAWED", "0"]
+
+
+def test_a_group_that_is_gone_is_thawed_but_cannot_be_frozen(tmp_path: Path) -> None:
+    group = usage.Cgroup(tmp_path, "abc")
+    group.thaw()
+    with pytest.raises(FileNotFoundError, match="cannot be frozen"):
+        group.freeze()
+
+
 def test_cgroup_parent_is_what_the_driver_wants() -> None:
     assert usage.parent("cgroupfs") == "/cfiddle"
     assert usage.parent("systemd") == "cfiddle.slice"
@@ -200,6 +251,25 @@ def test_fingerprint_says_what_the_machine_says(tmp_path: Path) -> None:
 def test_fingerprint_of_a_machine_that_says_nothing(tmp_path: Path) -> None:
     found = fingerprint(cpus="", image="", counters=None, root=tmp_path)
     assert (found["cpu_model"], found["governor"], found["boost"], found["smt"]) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "error", "said"),
+    [
+        (False, errno.EPERM, "policy: profile default has no counters"),
+        (False, 0, "policy: profile default has no counters"),
+        (True, 0, "available"),
+        (True, errno.EACCES, "kernel: perf_event_paranoid is 4; counting one's own programs needs 2 or less"),
+        (True, errno.EPERM, "kernel: perf_event_paranoid is 4; counting one's own programs needs 2 or less"),
+        (True, errno.ENOSYS, "kernel: it was built without perf events"),
+        (True, errno.ENOENT, "machine: no PMU that the kernel can use (No such file or directory)"),
+        (True, errno.EOPNOTSUPP, "machine: no PMU that the kernel can use (Operation not supported)"),
+        (True, None, None),
+    ],
+)
+def test_why_there_are_no_counters(tmp_path: Path, allowed: bool, error: int | None, said: str | None) -> None:
+    (tmp_path / "paranoid").write_text("4\n")
+    assert counters(dataclasses.replace(PROFILE, counters=allowed), error, tmp_path / "paranoid") == said
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("", set()), ("0", {0}), ("0-3", {0, 1, 2, 3}), ("1,4-5", {1, 4, 5})])

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import call, wire
-from agent.request import call_request
+from agent.request import call_request, lease_request
 
 GOOD = {"v": 2, "type": "call", "id": "0123456789abcdef" * 2, "job": 7, "profile": "default"}
 
@@ -194,6 +195,51 @@ def test_client_passes_on_what_the_agent_says(tmp_path: Path) -> None:
         asked.take()
     wire.close([read, write])
     for end in (ours, theirs, listener):
+        end.close()
+
+
+@pytest.mark.parametrize("fields", [{}, {"job": 0}, {"job": "7"}, {"job": True}, {"job": 7, "id": "x"}])
+def test_a_lease_names_a_job_and_nothing_else(fields: dict[str, Any]) -> None:
+    assert lease_request({"v": 2, "type": "lease", "job": 7}) == 7
+    with pytest.raises(wire.Refused):
+        lease_request({"v": 2, "type": "lease", **fields})
+
+
+def test_a_hold_lasts_until_either_side_ends_it(tmp_path: Path) -> None:
+    path = os.fspath(tmp_path / "agent.sock")
+    answers: list[dict[str, Any]] = []
+    ends: list[socket.socket] = []
+
+    def serve(listener: socket.socket) -> None:
+        while answers:
+            agent, _ = listener.accept()
+            assert wire.receive(agent)[0] == {"v": 2, "type": "lease", "job": 7}
+            answer = answers.pop(0)
+            if answer:
+                ends.append(agent)
+                wire.send(agent, answer)
+            else:
+                agent.close()
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        answers += [{"type": "held"}, {"type": "held"}, {"type": "refused", "code": "busy", "message": "no"}, {}]
+        serving = threading.Thread(target=serve, args=(listener,))
+        serving.start()
+        first, second = (call.hold(job=7, socket_path=path) for _ in range(2))
+        assert (first.lost, second.lost) == (False, False)
+        ends[0].close()
+        assert (first.lost, second.lost) == (True, False)
+        second.close()
+        with pytest.raises(EOFError):
+            wire.receive(ends[1])
+        with pytest.raises(call.Refused, match="no"):
+            call.hold(job=7, socket_path=path)
+        with pytest.raises(ConnectionError, match="went away"):
+            call.hold(job=7, socket_path=path)
+        serving.join(5)
+    for end in ends:
         end.close()
 
 

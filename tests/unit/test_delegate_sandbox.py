@@ -124,7 +124,7 @@ class Agent:
             process = subprocess.Popen([sys.executable, "-I", "-c", program], env={"SEALED": "yes"}, cwd="/")
             self.processes.append(process)
             connection, _ = listener.accept()
-        assert json.loads(connection.recv(65536)) == {"type": "ready"}
+        assert json.loads(connection.recv(65536))["type"] == "ready"
         return process, connection
 
     def run(self, client: socket.socket, descriptors: list[int], reason: str = "exited") -> None:
@@ -195,7 +195,7 @@ def test_a_call_runs_in_the_sandbox_as_a_child_of_its_first_process(
     assert str(Path.cwd()) not in directory
     (request,) = agent.requests
     assert len(request.pop("id")) == 32
-    assert request == {"v": 1, "type": "call", "job": 42, "profile": "default", "seconds": 7.5, "memory_mb": None}
+    assert request == {"v": 2, "type": "call", "job": 42, "profile": "default", "seconds": 7.5, "memory_mb": None}
 
 
 def test_an_interactive_call_reads_in_the_sandbox_what_is_typed(

@@ -1,0 +1,279 @@
+"""The pool's decisions, with sandboxes that only say what was done to them; and when a machine counts as quiet."""
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import wire
+from agent.engine import EngineError
+from agent.grants import Grants
+from agent.policy import Limits, Profile
+from agent.pool import Pool
+from agent.quiet import Quiet
+from agent.sandboxes import Abandoned, State
+from live import wait_until
+
+LIMITS = Limits(10, 256, 64, "job", 128, 16, 64, 1000, 4)
+
+
+class Sandbox:
+    """What the pool sees of a sandbox: it boots when `boots` is set."""
+
+    def __init__(self, maker: "Sandboxes", profile: Profile, limits: Limits, cpus: str) -> None:
+        self.container = os.urandom(32).hex()
+        self.profile, self.limits, self.cpus = profile, limits, cpus
+        self.state = State.MADE
+        self.connection, self.process = socket.socketpair()
+        self.said: list[str] = []
+        self._maker = maker
+
+    def start(self) -> None:
+        self.said.append("started")
+        if self._maker.problem:
+            raise EngineError(500, self._maker.problem)
+
+    def wait_until_ready(self, *, timeout_s: float, wake: int) -> bool:
+        import select
+
+        ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
+        if wake in ready:
+            return False
+        self.state = State.READY
+        return True
+
+    def is_well(self) -> bool:
+        self.connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.connection.recv(1)
+            return False
+        return self.state is State.READY
+
+    def freeze(self) -> None:
+        self.said.append("frozen")
+
+    def thaw(self) -> None:
+        self.said.append("thawed")
+
+    def lower(self, limits: Limits, cpus: str) -> None:
+        self.limits, self.cpus = limits, cpus
+
+
+class Sandboxes:
+    """Makes such sandboxes; they boot as soon as `boot` was called."""
+
+    def __init__(self) -> None:
+        self.made: list[Sandbox] = []
+        self.destroyed: list[Sandbox] = []
+        self.problem = ""
+        self.boots, self._boot = os.pipe()
+
+    def boot(self) -> None:
+        os.write(self._boot, b"x")
+
+    def create(self, profile: Profile, limits: Limits, *, cpus: str) -> Sandbox:
+        self.made.append(Sandbox(self, profile, limits, cpus))
+        return self.made[-1]
+
+    def destroy(self, sandbox: Sandbox) -> None:
+        sandbox.state = State.GONE
+        self.destroyed.append(sandbox)
+
+
+class Machine:
+    """A pool of three, its grants, and who waits for a sandbox."""
+
+    def __init__(self, directory: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+        self.directory = directory
+        self.grants = Grants(directory, owner=os.getuid())
+        self.quiet = Quiet(self.grants)
+        self.sandboxes = Sandboxes()
+        self.profile = profile
+        self.waiter, self.caller = socket.socketpair()
+        self.pool = Pool(self.sandboxes, self.grants, self.quiet, [profile])  # type: ignore[arg-type]
+
+    def grant(self, job: int) -> None:
+        (self.directory / f".{job}").write_text("2001")
+        (self.directory / f".{job}").rename(self.directory / str(job))
+
+    def revoke(self, job: int) -> None:
+        (self.directory / str(job)).unlink()
+
+    def take(self) -> Any:
+        return self.pool.take(self.profile, LIMITS, cpus="", waiter=self.waiter)
+
+    def count(self, state: State) -> int:
+        return sum(sandbox.state is state for sandbox in self.sandboxes.made)
+
+    def wait_for(self, what: str, ready: Any) -> None:
+        wait_until(ready, timeout_s=5, interval_s=0.005, what=what)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    made = Machine(tmp_path, Profile("default", "image", ("python3",), LIMITS, pool=3), monkeypatch)
+    yield made
+    made.pool.close()
+    made.sandboxes.boot()
+
+
+def test_it_is_filled_by_as_many_at_once_as_there_are_cpus(machine: Machine) -> None:
+    machine.wait_for("two are made", lambda: len(machine.sandboxes.made) == 2)
+    machine.sandboxes.boot()
+    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    assert len(machine.sandboxes.made) == 3
+    assert len({machine.take().container for _ in range(3)}) == 3
+    machine.wait_for("three more wait", lambda: machine.count(State.READY) == 6)
+
+
+def test_nothing_is_made_while_a_job_is_there(machine: Machine, tmp_path: Path) -> None:
+    machine.sandboxes.boot()
+    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.grant(7)
+    taken = [machine.take() for _ in range(3)]
+    made_for_a_call = machine.take()
+    assert {*machine.sandboxes.made} == {*taken, made_for_a_call}
+    machine.revoke(7)
+    machine.wait_for("three more wait", lambda: len(machine.sandboxes.made) == 7)
+
+
+def test_what_is_half_made_stands_still_and_goes_on(machine: Machine) -> None:
+    machine.wait_for("two are made", lambda: len(machine.sandboxes.made) == 2)
+    machine.wait_for("both started", lambda: all(sandbox.said for sandbox in machine.sandboxes.made))
+    machine.grant(7)
+    machine.wait_for("both frozen", lambda: all(s.said == ["started", "frozen"] for s in machine.sandboxes.made))
+    machine.sandboxes.boot()
+    assert machine.count(State.READY) == 0
+    assert machine.take() in machine.sandboxes.made
+    assert machine.count(State.READY) == 1, "the one that was taken"
+    machine.revoke(7)
+    machine.wait_for("the other goes on", lambda: all("thawed" in s.said for s in machine.sandboxes.made[:2]))
+    assert all(s.said == ["started", "frozen", "thawed"] for s in machine.sandboxes.made[:2])
+
+
+def test_a_call_that_begins_makes_the_others_stand_still(machine: Machine) -> None:
+    machine.wait_for("both started", lambda: [len(s.said) for s in machine.sandboxes.made] == [1, 1])
+    with machine.quiet.broken():
+        machine.wait_for("both frozen", lambda: all("frozen" in s.said for s in machine.sandboxes.made))
+    machine.wait_for("both go on", lambda: all("thawed" in s.said for s in machine.sandboxes.made))
+
+
+def test_whoever_waited_and_left_leaves_an_unused_one(machine: Machine) -> None:
+    machine.wait_for("both started", lambda: [len(s.said) for s in machine.sandboxes.made] == [1, 1])
+    machine.caller.close()
+    with pytest.raises(Abandoned):
+        machine.take()
+    machine.sandboxes.boot()
+    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    assert machine.sandboxes.destroyed == []
+
+
+def test_a_used_one_is_removed_in_quiet_times_or_with_its_job(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.grant(7)
+    machine.grant(8)
+    for job in (7, 8):
+        sandbox, grant = machine.take(), machine.grants.find(job)
+        assert grant
+        sandbox.state = State.SERVED
+        machine.pool.take_back(sandbox, job, grant)
+    assert machine.sandboxes.destroyed == []
+    machine.revoke(7)
+    machine.wait_for("the first is removed", lambda: len(machine.sandboxes.destroyed) == 1)
+    with machine.quiet.lease(8, grant):
+        machine.wait_for("the second too", lambda: len(machine.sandboxes.destroyed) == 2)
+
+
+def test_no_more_than_so_many_used_ones_wait(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.grant(7)
+    grant = machine.grants.find(7)
+    assert grant
+    for _ in range(12):
+        sandbox = machine.take()
+        sandbox.state = State.SERVED
+        machine.pool.take_back(sandbox, 7, grant)
+    machine.wait_for("the oldest are removed", lambda: len(machine.sandboxes.destroyed) == 4)
+
+
+def test_what_may_still_run_is_removed_at_once(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.grant(7)
+    grant = machine.grants.find(7)
+    assert grant
+    sandbox = machine.take()
+    sandbox.state = State.SERVING
+    machine.pool.take_back(sandbox, 7, grant)
+    machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [sandbox])
+
+
+def test_what_cannot_be_made_is_said_once_and_tried_ever_less_often(
+    machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.pool._FIRST_RETRY_S", 0.02)
+    machine.sandboxes.boot()
+    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.sandboxes.problem = "no space left"
+    with caplog.at_level("INFO", "agent"):
+        machine.take()
+        machine.wait_for("it was tried three times", lambda: len(machine.sandboxes.made) >= 6)
+        assert len(machine.sandboxes.made) < 12
+        machine.sandboxes.problem = ""
+        machine.wait_for("three wait again", lambda: machine.count(State.READY) == 4)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("no space left" in text for text in said) == 1
+    assert sum("can be made again" in text for text in said) == 1
+
+
+def test_one_that_dies_while_it_waits_is_replaced(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.pool._FIRST_RETRY_S", 0.02)
+    machine.sandboxes.boot()
+    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    dead = machine.sandboxes.made[1]
+    dead.process.close()
+    machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [dead])
+    machine.wait_for("three wait again", lambda: machine.count(State.READY) == 3)
+    assert dead not in [machine.take() for _ in range(3)]
+
+
+def test_a_machine_is_quiet_without_jobs_and_between_the_calls_of_a_lease(tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_text("2001")
+    (tmp_path / "9").write_text("no grant")
+    grants = Grants(tmp_path, owner=os.getuid())
+    quiet = Quiet(grants)
+    assert quiet.lasted_s() == 0.0
+    assert (quiet.lasted_s() or 0) > 0
+    (tmp_path / "7").write_text("2001")
+    assert quiet.lasted_s() is None
+    grant = grants.find(7)
+    assert grant
+    with quiet.lease(7, grant):
+        assert quiet.lasted_s() == 0.0
+        with quiet.broken(), quiet.broken():
+            assert quiet.lasted_s() is None
+        assert quiet.lasted_s() == 0.0
+        with pytest.raises(wire.Refused, match="held already"), quiet.lease(7, grant):
+            pass
+        (tmp_path / "8").write_text("2001")
+        assert quiet.lasted_s() is None, "another job's"
+        (tmp_path / "8").unlink()
+        (tmp_path / "again").write_text("2001")
+        (tmp_path / "again").rename(tmp_path / "7")
+        assert quiet.lasted_s() is None, "another grant for the same job"
+    assert quiet.lasted_s() is None
+
+
+def test_a_change_is_announced(tmp_path: Path) -> None:
+    quiet = Quiet(Grants(tmp_path, owner=os.getuid()))
+    said = threading.Semaphore(0)
+    quiet.on_change = said.release  # type: ignore[assignment]
+    with quiet.broken():
+        assert said.acquire(timeout=1)
+    assert said.acquire(timeout=1)
