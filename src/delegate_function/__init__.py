@@ -18,7 +18,6 @@ TYPE_CHECKING = False  # the module `typing` takes longer to load than all that 
 if TYPE_CHECKING:
     from typing import Any
 
-    from delegate_function.batches import DetachedCall as DetachedCall
     from delegate_function.batches import DetachedFuture as DetachedFuture
     from delegate_function.callinfo import CallInfo as CallInfo
     from delegate_function.delegates import BaseDelegate as BaseDelegate
@@ -60,12 +59,13 @@ if TYPE_CHECKING:
     from delegate_function.generator import YAMLDelegate as YAMLDelegate
     from delegate_function.leases import Lease as Lease
     from delegate_function.leases import lease as lease
+    from delegate_function.shelf import DetachedCall as DetachedCall
     from delegate_function.testing import PDBClass as PDBClass
     from delegate_function.testing import ShellCommandClass as ShellCommandClass
     from delegate_function.testing import TestClass as TestClass
 
 _MODULES = {
-    "batches": ["DetachedCall", "DetachedFuture"],
+    "batches": ["DetachedFuture"],
     "callinfo": ["CallInfo"],
     "delegates": [
         "BaseDelegate",
@@ -107,6 +107,7 @@ _MODULES = {
     "futures": ["Future"],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
     "leases": ["Lease", "lease"],
+    "shelf": ["DetachedCall"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -23,12 +23,13 @@ import types
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from delegate_function import batches, steps
-from delegate_function.batches import Batches, DetachedCall, DetachedFuture
+from delegate_function import batches, shelf, steps
+from delegate_function.batches import Batches, DetachedFuture
 from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
 from delegate_function.errors import ConfigurationError
 from delegate_function.futures import Future, Way
 from delegate_function.leases import QOS, Lease
+from delegate_function.shelf import DetachedCall
 from delegate_function.workers import Unleased, Workers
 
 P = ParamSpec("P")
@@ -129,7 +130,7 @@ class Executor(concurrent.futures.Executor):
     @staticmethod
     def detached_calls() -> list[DetachedCall]:
         """Return the detached calls that can be found, the latest first."""
-        return batches.found()
+        return shelf.found()
 
     @staticmethod
     def forget(job_id: str | int) -> None:
@@ -138,4 +139,4 @@ class Executor(concurrent.futures.Executor):
         Raises:
             ConfigurationError: no such call can be found, or its job is not over.
         """
-        batches.forget(job_id)
+        shelf.forget(job_id)
