@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,9 @@ def call(
     packages: dict[str, str] = {}
     try:
         payload = Payload(pack(obj, method, arguments, keywords, packages), input_paths, root)
-        spec = {
-            "v": frames.VERSION,
-            "version": __version__,
-            "python": list(sys.version_info[:3]),
-            "packages": packages,
-            "hops": encoded(hops),
-            "hop": done,
-            "of": done + steps.count(hops),
-            "parts": payload.parts,
-            "outputs": output_paths,
-            "directory": directory or str(Path.cwd()),
-            "path": [str(Path(entry).absolute()) for entry in sys.path],
-            "interactive": interactive,
-        }
+        spec = header(
+            hops, payload, packages, outputs=output_paths, done=done, directory=directory, interactive=interactive
+        )
         _travel(spec, payload, result, info, conversation)
         result.finish()
     except files.FileError as error:
@@ -94,6 +83,51 @@ def call(
         os.close(root)
         info.seconds = time.monotonic() - started
     return unpack(result, obj, info)
+
+
+def header(
+    hops: list[dict[str, Any]],
+    payload: Payload,
+    packages: dict[str, str],
+    *,
+    outputs: Sequence[str] = (),
+    done: int = 0,
+    directory: str | None = None,
+    interactive: bool = False,
+) -> dict[str, Any]:
+    """Return what goes before a payload: all that hops and the far side are told of a call; arguments as for `call`."""
+    return {
+        "v": frames.VERSION,
+        "version": __version__,
+        "python": list(sys.version_info[:3]),
+        "packages": packages,
+        "hops": encoded(hops),
+        "hop": done,
+        "of": done + steps.count(hops),
+        "parts": payload.parts,
+        "outputs": list(outputs),
+        "directory": directory or str(Path.cwd()),
+        "path": [str(Path(entry).absolute()) for entry in sys.path],
+        "interactive": interactive,
+    }
+
+
+def replay(heard: Iterator[tuple[bytes, bytes]], info: CallInfo) -> Any:
+    """Return the value of a call of which all that was heard is written down, or raise what it raised."""
+    result, output = Result((), -1), Output()
+    try:
+        for event in heard:
+            if _take(event, output, result, info):
+                break
+        else:
+            raise frames.ProtocolError("a call without its end")
+        result.finish()
+    except frames.ProtocolError as error:
+        raise HopFailed(f"what is written down of the call is no call: {error}", where=info.where) from error
+    except DelegateFunctionException as error:
+        error.call = info
+        raise
+    return unpack(result, None, info)
 
 
 def _standard_input() -> int:
@@ -117,7 +151,7 @@ def _travel(
     if conversation is None:
         where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
         conversation = Conversation(lambda: launch.start_process(first, where), where)
-    exchange = conversation.begin(spec, payload.chunks(), keys_fd)
+    exchange = info.exchange = conversation.begin(spec, payload.chunks(), keys_fd)
     output = Output()
     try:
         _consume(exchange, output, result, info)
@@ -125,6 +159,8 @@ def _travel(
         # Also Ctrl-C, and a stream that cannot be written: nobody waits for the call any more.
         exchange.cancel()
         raise
+    finally:
+        info.exchange = None
 
 
 def _consume(exchange: Exchange, output: Output, result: Result, info: CallInfo) -> None:
@@ -134,22 +170,30 @@ def _consume(exchange: Exchange, output: Output, result: Result, info: CallInfo)
             output.finish()
             event.output_tail = output.tail
             raise event
-        kind, content = event
-        if kind in (frames.OUT, frames.ERR):
-            output.write(kind, content)
-            exchange.used(kind, len(content))
-        elif kind == frames.DATA:
-            result.take(content)
-            exchange.used(kind, len(content))
-        elif kind == frames.RESULT:
-            result.begin(frames.decode_json(content))
-        elif kind == frames.HELLO:
-            info.greet(frames.decode_json(content))
-        elif kind == frames.INFO:
-            info.inform(frames.decode_json(content))
-        elif kind == frames.ERROR:
-            output.finish()
-            raise from_wire(frames.decode_json(content), output_tail=output.tail)
-        elif kind == frames.END:
-            output.finish()
+        is_last = _take(event, output, result, info)
+        if event[0] in (frames.OUT, frames.ERR, frames.DATA):
+            exchange.used(event[0], len(event[1]))
+        if is_last:
             return
+
+
+def _take(event: tuple[bytes, bytes], output: Output, result: Result, info: CallInfo) -> bool:
+    """Take one frame of what comes back; return whether it was the last."""
+    kind, content = event
+    if kind in (frames.OUT, frames.ERR):
+        output.write(kind, content)
+    elif kind == frames.DATA:
+        result.take(content)
+    elif kind == frames.RESULT:
+        result.begin(frames.decode_json(content))
+    elif kind == frames.HELLO:
+        info.greet(frames.decode_json(content))
+    elif kind == frames.INFO:
+        info.inform(frames.decode_json(content))
+    elif kind == frames.ERROR:
+        output.finish()
+        raise from_wire(frames.decode_json(content), output_tail=output.tail)
+    elif kind == frames.END:
+        output.finish()
+        return True
+    return False

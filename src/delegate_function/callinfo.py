@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from delegate_function.conversation import Exchange
 
 
 class CallInfo:
@@ -21,9 +24,15 @@ class CallInfo:
         self.job_id: str | None = None
         self.seconds = 0.0
         self.where = "this process"
+        self.exchange: Exchange | None = None
 
     def __repr__(self) -> str:
         return f"<call in {self.where}, {self.seconds:.3f} s, usage {self.usage}>"
+
+    def cancel(self) -> None:
+        """End the call, which another thread makes, if it is under way; it raises CallCancelled there."""
+        if exchange := self.exchange:
+            exchange.cancel()
 
     def greet(self, content: dict[str, Any]) -> None:
         """Take what a hop says of itself when it starts."""

@@ -117,6 +117,7 @@ class Conversation:
         self.process: launch.Process | None = None
         self.where = where
         self.greeted = threading.Event()
+        self.decided = threading.Event()
         self.failure: DelegateFunctionException | None = None
         self._start = start
         self._hold = hold
@@ -126,8 +127,9 @@ class Conversation:
         self._lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
-        # A lease that nobody gives back ends with the interpreter; a call is waited for.
-        self._thread = threading.Thread(target=self._run, name="delegate_function call", daemon=hold is not None)
+        # A lease that nobody gives back ends with the interpreter; a call is waited for if the thread that makes it is.
+        daemon = True if hold is not None else None
+        self._thread = threading.Thread(target=self._run, name="delegate_function call", daemon=daemon)
         self._thread.start()
 
     def begin(self, spec: dict[str, Any], chunks: Iterator[memoryview | bytes], keys_fd: int | None) -> Exchange:
@@ -169,7 +171,8 @@ class Conversation:
             if exchange.ended.wait(_CANCELLED_S):
                 return
         else:
-            exchange.events.put(CallCancelled("the call was cancelled before its job ran", where=self.where))
+            when = "" if self.greeted.is_set() else " before it ran"
+            exchange.events.put(CallCancelled(f"the call was cancelled{when}", where=self.where))
         self.close()
 
     def cancel_call(self) -> None:
@@ -218,6 +221,7 @@ class Conversation:
             for exchange in waiting:
                 exchange.events.put(self.failure or self.ended())
                 exchange.ended.set()
+            self.decided.set()
 
     def _talk(self) -> None:
         process = self.process = self._start()
@@ -289,4 +293,5 @@ class Conversation:
             self.where = str(greeting.get("where"))
             process.job_id = greeting.get("job")
             self.greeted.set()
+            self.decided.set()
         return bool(greeting.get("lease"))

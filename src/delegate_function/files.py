@@ -60,6 +60,23 @@ def _open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
     return current, name
 
 
+def private_directory(path: str, *, root: int | None = None, create: bool = False) -> int:
+    """Return the descriptor of a directory that is this user's alone; raise FileError for a link or any other."""
+    if create:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700, dir_fd=root)
+    try:
+        fd = os.open(path, _DIRECTORY, dir_fd=root)
+    except OSError as error:
+        reason = "it is a link or no directory" if isinstance(error, NotADirectoryError) else error.strerror
+        raise FileError(f"{path!r} cannot be opened: {reason}") from error
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        os.close(fd)
+        raise FileError(f"{path!r} is not this user's alone (uid {status.st_uid}, mode {status.st_mode & 0o7777:04o})")
+    return fd
+
+
 def open_to_read(root: int, path: str) -> tuple[int, os.stat_result]:
     """Return descriptor and status of a regular file beneath `root`; raise FileError for anything else."""
     parent, name = _open_parent(root, path, create=False)

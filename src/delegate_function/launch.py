@@ -251,6 +251,7 @@ class Worker(Next):
                 first = keep + 1
             os.closerange(first, os.sysconf("SC_OPEN_MAX"))
             inside.serve(theirs.detach(), out_write, err_write, spec)
+        os.setpgid(self._pid, self._pid)  # both do it: a call may be ended before its process gets as far as that
         for fd in (out_write, err_write):
             os.close(fd)
         theirs.close()

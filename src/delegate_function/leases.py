@@ -88,6 +88,19 @@ class Lease(BaseDelegate):
         where = hop.describe("slurm", self._spec["hop"], self._spec["of"])
         self._conversation = Conversation(lambda: launch.start_process(self._hop, where), where, hold=self._spec)
 
+    def wait(self) -> None:
+        """Return when the job runs.
+
+        Raises:
+            DelegateFunctionException: it does not, and never will.
+        """
+        if self._conversation is None:
+            self.start()
+        assert self._conversation is not None
+        self._conversation.decided.wait()
+        if self._conversation.is_over:
+            raise self._conversation.ended()
+
     def close(self) -> None:
         """Give the job back, when the call that runs, if there is one, has ended."""
         if self._conversation is None:

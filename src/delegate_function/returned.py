@@ -81,6 +81,12 @@ class Result:
             self._files.pop().discard()
 
 
+def tail(text: str) -> str:
+    """Return the last lines of a text, without what a terminal would obey."""
+    kept = "".join(c for c in text[-_TAIL:] if c in "\n\t" or c.isprintable())
+    return "\n".join(kept.splitlines()[-20:])
+
+
 class Output:
     """What the call writes, on its way to `sys.stdout` or `sys.stderr` of the thread that waits."""
 
@@ -109,8 +115,7 @@ class Output:
     @property
     def tail(self) -> str:
         """The last lines, without what a terminal would obey."""
-        kept = "".join(c for c in self._tail if c in "\n\t" or c.isprintable())
-        return "\n".join(kept.splitlines()[-20:])
+        return tail(self._tail)
 
 
 def unpack(result: Result, obj: Any, info: CallInfo) -> Any:
