@@ -25,6 +25,7 @@ class Exchange:
 
     Attributes:
         number: of the first hop, by which its greeting is known.
+        progress: how many of how many steps the call has done, if it says so.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Exchange:
         conversation: Conversation,
     ) -> None:
         self.events: queue.SimpleQueue[tuple[bytes, bytes] | DelegateFunctionException] = queue.SimpleQueue()
+        self.progress: tuple[int, int] | None = None
         self.header = frames.encode_json(frames.SPEC, spec)
         self.number: int = spec["hop"]
         self.ended = threading.Event()
@@ -95,6 +97,9 @@ class Exchange:
                 self._budget += count
             elif stream == frames.INPUT_STREAM:
                 self._keys_budget += count
+            return False
+        if kind == frames.PROGRESS:
+            self.progress = frames.decode_progress(content)
             return False
         if kind in (frames.OUT, frames.ERR):
             self._output.arrived(len(content))
