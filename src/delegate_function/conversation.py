@@ -161,6 +161,11 @@ class Conversation:
         return error
 
     @property
+    def job_id(self) -> str | None:
+        """The number of the first hop's job, as soon as it is known, also while the job waits."""
+        return self.process.number if isinstance(self.process, launch.Job) else None
+
+    @property
     def is_over(self) -> bool:
         """Say whether the process has ended, or is about to."""
         return self._over

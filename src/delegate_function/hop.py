@@ -178,7 +178,7 @@ class Relay:
     def _tell_progress(self) -> None:
         """Pass the latest progress on, now and then only: it is no stream with a window that would bound it."""
         now = time.monotonic()
-        if self._progress and now >= self._progress_from:
+        if self._progress and not self._over and now >= self._progress_from:
             self._up.send(frames.encode(frames.PROGRESS, self._progress))
             self._progress, self._progress_from = b"", now + _PROGRESS_S
 
