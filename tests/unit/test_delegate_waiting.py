@@ -1,18 +1,13 @@
 """What a person sees while a call waits: in a real terminal, and in stand-ins for a notebook and for srun."""
 
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
-import select
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 import types
@@ -26,6 +21,7 @@ import delegate_function
 from delegate_function import SubprocessDelegate, TestClass, places, progress, screens, waiting
 from delegate_function.places import Place, Places
 from live import wait_until
+from terminal import Terminal
 
 SRC = Path(delegate_function.__file__).parents[1]
 NOW = 1_795_636_568.0
@@ -168,65 +164,6 @@ except KeyboardInterrupt:
     print("interrupted")
 print("after")
 """
-_SHOWN = re.compile(r"\x1b7\x1b\[\?7l(.*?)\x1b\[K\x1b\[\?7h\x1b8")
-
-
-class Session:
-    """A program that runs in a terminal of its own."""
-
-    def __init__(self, text: str, *, columns: int = 80) -> None:
-        self.said = ""
-        self._pid, self._terminal = pty.fork()
-        if self._pid == 0:
-            os.execv(sys.executable, [sys.executable, "-c", text])
-        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
-
-    def read(self) -> bool:
-        """Take what it wrote; return whether it goes on."""
-        while select.select([self._terminal], [], [], 0.05)[0]:
-            try:
-                self.said += os.read(self._terminal, 4096).decode()
-            except OSError:
-                return False
-        return True
-
-    def wait_for(self, pattern: str) -> None:
-        def seen() -> Any:
-            goes_on = self.read()
-            found = re.search(pattern, self.said)
-            assert found or goes_on, self.said
-            return found
-
-        wait_until(seen, timeout_s=20, interval_s=0, what=f"{pattern!r} in {self.said!r}")
-
-    def press(self, keys: bytes) -> None:
-        os.write(self._terminal, keys)
-
-    def end(self) -> str:
-        """Wait for its end; return what is left on the terminal."""
-        try:
-            wait_until(lambda: not self.read(), timeout_s=30, interval_s=0, what=f"its end; it said {self.said!r}")
-        except AssertionError:
-            os.kill(self._pid, signal.SIGKILL)
-            raise
-        finally:
-            os.waitpid(self._pid, 0)
-            os.close(self._terminal)
-        return self.left
-
-    @property
-    def shown(self) -> list[str]:
-        """What was shown while the call waited."""
-        return _SHOWN.findall(self.said)
-
-    @property
-    def left(self) -> str:
-        """What is left on the terminal; what was shown must have been cleared before anything else was written."""
-        pieces = re.split(r"\x1b\[K", _SHOWN.sub("\0", self.said))
-        for piece in pieces[:-1]:
-            assert re.fullmatch(r"[^\0]*\0+(\^C)?", piece), repr(self.said)
-        assert "\0" not in pieces[-1], repr(self.said)
-        return "".join(pieces).replace("\0", "").replace("\r\n", "\n")
 
 
 @pytest.fixture
@@ -251,8 +188,9 @@ def hop(bin_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return str(file)
 
 
-def session(hop: str, *arguments: Any, columns: int = 80) -> Session:
-    return Session(PROGRAM.format(path=[str(SRC)], hop=hop, arguments=arguments), columns=columns)
+def session(hop: str, *arguments: Any, columns: int = 80) -> Terminal:
+    text = PROGRAM.format(path=[str(SRC)], hop=hop, arguments=arguments)
+    return Terminal([sys.executable, "-c", text], columns=columns)
 
 
 def test_a_waiting_call_is_shown_in_a_terminal_and_nothing_of_it_is_left(hop: str, tmp_path: Path) -> None:
@@ -295,7 +233,7 @@ def test_what_a_terminal_would_obey_is_not_shown() -> None:
 
     said: list[str] = []
     screens.Terminal(Stream()).show("a\x1b[2Jb\r\n")  # type: ignore[arg-type]
-    assert _SHOWN.findall("".join(said)) == ["a?[2Jb??"]
+    assert "".join(said) == "\x1b7\x1b[?7la?[2Jb??\x1b[K\x1b[?7h\x1b8"
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["waits", "runs"])
