@@ -87,7 +87,7 @@ def test_the_socket_is_nobody_else_s_to_replace(cluster: LiveCluster) -> None:
 
 
 def test_flood_of_garbage_and_silence_is_bounded_and_others_are_answered(cluster: LiveCluster, waiting: int) -> None:
-    [pid] = cluster.in_service("userhost", "pgrep -f queue_place.py").ok().split()
+    [pid] = cluster.in_service("userhost", "pgrep -f queue_place[.]py").ok().split()
     before, began = _asked(cluster), time.monotonic()
     enemy = cluster.background(["python3", "-c", FLOOD], THIEF)
     enemy.wait_for_line("begun")

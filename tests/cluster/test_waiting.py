@@ -79,11 +79,3 @@ def test_ctrl_c_cancels_the_job(cluster: LiveCluster, busy: list[int], terminal:
     )
     assert time.monotonic() - began < CANCELLED_WITHIN_S * PATIENCE
     assert re.fullmatch(r"(\^C)?interrupted\n", terminal.end())
-
-
-def test_the_service_is_a_daemon_s_without_rights(cluster: LiveCluster) -> None:
-    [pid] = cluster.in_service("userhost", "pgrep -f queue_place.py").ok().split()
-    status = cluster.in_service("userhost", f"cat /proc/{pid}/status").ok()
-    assert re.findall(r"^(?:Uid|Gid):\s+(\d+)\s", status, re.MULTILINE) == ["802", "802"]
-    assert set(re.findall(r"^Cap\w+:\s+(\w+)", status, re.MULTILINE)) == {"0" * 16}
-    assert "NoNewPrivs:\t1" in status
