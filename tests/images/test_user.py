@@ -146,7 +146,10 @@ def test_only_init_and_what_waits_is_root(host: UserHost) -> None:
     processes = [line.split(None, 1) for line in host.root("ps -eo user=,args=").stdout.splitlines()]
     roots = {arguments for user, arguments in processes if user == "root"}
     assert all(
-        re.match(r"tini|bash /usr/local/sbin/userhost|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|getent|runc init", process)
+        re.match(
+            r"tini|bash /usr/local/sbin/userhost|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|getent|runc init",
+            process,
+        )
         for process in roots
     ), roots
     assert ["munge", "munged"] in [[user, arguments.split()[0]] for user, arguments in processes]

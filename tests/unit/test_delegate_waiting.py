@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import delegate_function
-from delegate_function import SubprocessDelegate, TestClass, places, progress, screens, waiting
+from delegate_function import SubprocessDelegate, TestClass, places, progress, reporting, screens, waiting
 from delegate_function.places import Place, Places
 from live import wait_until
 from terminal import Terminal
@@ -100,7 +100,10 @@ def test_the_service_s_answer_is_not_waited_for(service: socket.socket) -> None:
     asked.close()
 
 
-def test_a_service_that_hangs_up_or_has_too_much_to_do_tells_nothing(service: socket.socket) -> None:
+def test_a_service_that_hangs_up_or_has_too_much_to_do_tells_nothing(
+    bin_directory: Path, service: socket.socket
+) -> None:
+    program(bin_directory, "squeue", f"touch {bin_directory}/asked")
     asked = Places()
     assert asked.look(["7"]) == {}
     service.accept()[0].close()
@@ -111,8 +114,12 @@ def test_a_service_that_hangs_up_or_has_too_much_to_do_tells_nothing(service: so
             full.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 full.connect(places.QUEUE_PLACE)
-        assert Places().look(["7"]) == {}
+        others = Places()
+        for _ in range(20):
+            assert others.look(["7"]) == {}
+            time.sleep(0.01)
     asked.close()
+    assert not (bin_directory / "asked").exists(), "Slurm itself is asked where there is no service"
 
 
 def test_without_the_service_slurm_is_asked_when_the_job_should_start(bin_directory: Path) -> None:
@@ -289,7 +296,7 @@ class Steps:
 
     def _go_on(self) -> None:
         while True:
-            progress(3, 8)
+            progress(8, 8)
 
     def flood(self) -> None:
         end = time.monotonic() + 1.5
@@ -379,29 +386,53 @@ def _steps(published: list[Any]) -> set[str]:
     return set(re.findall(r"(?<=, )\d of \d", " ".join(data.get("text/plain", "") for data, _ in published)))
 
 
-def test_only_the_call_s_own_process_tells_and_only_while_the_call_runs(published: list[Any]) -> None:
-    SubprocessDelegate().invoke(Steps(), "from_children_and_threads")
-    assert _steps(published) == {"3 of 8"}
-
-
-def test_a_flood_of_progress_is_thinned_out_on_its_way(published: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return the progress that came to this process."""
     told = []
     decode = delegate_function.frames.decode_progress
-    monkeypatch.setattr(delegate_function.frames, "decode_progress", lambda c: told.append(c) or decode(c))
+
+    def note(content: bytes) -> tuple[int, int]:
+        told.append(decode(content))
+        return told[-1]
+
+    monkeypatch.setattr(delegate_function.frames, "decode_progress", note)
+    return told
+
+
+def test_the_call_s_own_process_tells_and_none_that_it_started(told: list[tuple[int, int]]) -> None:
+    SubprocessDelegate().invoke(Steps(), "from_children_and_threads")
+    assert set(told) == {(8, 8)}
+
+
+def test_a_flood_of_progress_is_thinned_out_on_its_way(published: list[Any], told: list[tuple[int, int]]) -> None:
     SubprocessDelegate().invoke(Steps(), "flood")
     assert _steps(published) == {"5 of 9"}
+    assert set(told) == {(5, 9)}
     assert 2 < len(told) < 30
 
 
 def test_progress_that_cannot_be_ends_the_call() -> None:
-    with pytest.raises(delegate_function.HopFailed, match="a progress of 2 in 1"):
-        SubprocessDelegate().invoke(Steps(), "forge")
+    with pytest.raises(delegate_function.HopFailed, match=r"hop 2 of 2.*a progress of 2 in 1"):
+        SubprocessDelegate(SubprocessDelegate()).invoke(Steps(), "forge")
 
 
 @pytest.mark.parametrize(("done", "total", "kind"), [(2, 1, ValueError), (0.5, 1, TypeError), ("1", "2", TypeError)])
 def test_progress_is_two_whole_numbers(done: Any, total: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind):
         progress(done, total)
+
+
+def test_progress_is_told_ten_times_a_second_and_at_the_end_and_while_the_call_runs() -> None:
+    sent: list[bytes] = []
+    with reporting.through(sent.append):
+        for step in range(1001):
+            progress(step, 1000)
+    progress(1000, 1000)
+    assert sent[0] == delegate_function.frames.encode_progress(0, 1000)
+    assert sent[-1] == delegate_function.frames.encode_progress(1000, 1000)
+    assert sent.count(sent[-1]) == 1
+    assert len(sent) < 20
 
 
 def test_where_no_call_runs_progress_does_nothing() -> None:
