@@ -89,7 +89,9 @@ class Notebook(Screen):
 
         line = _with_steps(text, progress)
         bar = f'<progress value="{progress[0]}" max="{progress[1] or 1}"></progress> ' if progress else ""
-        self._publish({"text/plain": line, "text/html": f"<small>{bar}{html.escape(line)}</small>"})
+        self._publish(
+            {"text/plain": line, "text/html": f'<small style="margin-left: 8px">{bar}{html.escape(line)}</small>'}
+        )
 
     def close(self) -> None:
         if self._shown:
