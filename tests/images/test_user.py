@@ -315,6 +315,22 @@ def test_container_without_secrets_ends_and_says_why(image: str) -> None:
     assert "the secret munge-key is missing" in done.stderr
 
 
+def test_a_start_that_takes_long_is_not_taken_for_a_failure(image: str) -> None:
+    started = _docker("run", "-d", "--rm", "--label", LABEL, image, "sleep", "60")
+    container = started.stdout.strip()
+    try:
+
+        def failures() -> list[int]:
+            log = json.loads(_docker("inspect", "-f", "{{json .State.Health.Log}}", container).stdout) or []
+            return [entry["ExitCode"] for entry in log]
+
+        wait_until(lambda: len(failures()) > 3, timeout_s=40, what="several checks")
+        assert 0 not in failures()
+        assert _docker("inspect", "-f", "{{.State.Health.Status}}", container).stdout == "starting\n"
+    finally:
+        _docker("rm", "-f", container)
+
+
 def test_it_ends_quickly_when_told_to(host: UserHost) -> None:
     began = time.monotonic()
     assert _docker("stop", "-t", "10", host.container).returncode == 0
