@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from delegate_function.generator import YAMLDelegate as YAMLDelegate
     from delegate_function.leases import Lease as Lease
     from delegate_function.leases import lease as lease
+    from delegate_function.reporting import progress as progress
     from delegate_function.shelf import DetachedCall as DetachedCall
     from delegate_function.testing import PDBClass as PDBClass
     from delegate_function.testing import ShellCommandClass as ShellCommandClass
@@ -107,6 +108,7 @@ _MODULES = {
     "futures": ["Future"],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
     "leases": ["Lease", "lease"],
+    "reporting": ["progress"],
     "shelf": ["DetachedCall"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }

@@ -22,6 +22,7 @@ from delegate_function.errors import (
 )
 from delegate_function.packing import Payload, encoded, pack
 from delegate_function.returned import Output, Result, unpack
+from delegate_function.waiting import Display
 
 
 def call(
@@ -152,9 +153,9 @@ def _travel(
         where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
         conversation = Conversation(lambda: launch.start_process(first, where), where)
     exchange = info.exchange = conversation.begin(spec, payload.chunks(), keys_fd)
-    output = Output()
     try:
-        _consume(exchange, output, result, info)
+        with Display(exchange, conversation, info, silent=spec["interactive"]) as display:
+            _consume(exchange, display, result, info)
     except BaseException:
         # Also Ctrl-C, and a stream that cannot be written: nobody waits for the call any more.
         exchange.cancel()
@@ -163,9 +164,10 @@ def _travel(
         info.exchange = None
 
 
-def _consume(exchange: Exchange, output: Output, result: Result, info: CallInfo) -> None:
+def _consume(exchange: Exchange, display: Display, result: Result, info: CallInfo) -> None:
+    output = Output(display.give_way)
     while True:
-        event = exchange.events.get()
+        event = display.next_event()
         if isinstance(event, DelegateFunctionException):
             output.finish()
             event.output_tail = output.tail

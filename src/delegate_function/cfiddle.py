@@ -21,13 +21,14 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from delegate_function import steps
 from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
 from delegate_function.errors import ConfigurationError, DelegateFunctionException, ProcessDied
+from delegate_function.reporting import progress
 
 _OUTDATED = "pkg_resources is deprecated as an API"
 # CFiddle 0.6.1 says so each time it is imported, and a call imports it where it runs.
@@ -147,7 +148,7 @@ def _run_here(options: dict[str, str]) -> None:
 
 def _pack(runner: Any, invocations: list[Any]) -> dict[str, Any]:
     """Return all that is needed to run the invocations somewhere else."""
-    from cfiddle.config import noop_progress_bar, peek_config
+    from cfiddle.config import peek_config
     from cfiddle.Runner import SubprocessDelegate as LocalRunner
 
     executables: dict[int, Any] = {}
@@ -168,12 +169,20 @@ def _pack(runner: Any, invocations: list[Any]) -> dict[str, Any]:
     runner = copy.copy(runner)
     runner._invocations = moved
     runner._cmd_runner = LocalRunner
-    runner._progress_bar = noop_progress_bar
+    runner._progress_bar = _told
     config = peek_config()
     config["RunnerDelegate_type"] = LocalRunner
-    config["ProgressBar"] = noop_progress_bar
+    config["ProgressBar"] = _told
     config["Executable_type"] = _plain(config["Executable_type"])
     return {"config": config, "runner": runner, "libraries": libraries}
+
+
+def _told(items: Collection[Any], **options: Any) -> Iterator[Any]:
+    """Stand for CFiddle's progress bar where nobody sees one: tell the caller how many of the items are done."""
+    for number, item in enumerate(items):
+        progress(number, len(items))
+        yield item
+    progress(len(items), len(items))
 
 
 def _plain(kind: type[Any]) -> type[Any]:

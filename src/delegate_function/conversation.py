@@ -25,6 +25,7 @@ class Exchange:
 
     Attributes:
         number: of the first hop, by which its greeting is known.
+        progress: how many of how many steps the call has done, if it says so.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Exchange:
         conversation: Conversation,
     ) -> None:
         self.events: queue.SimpleQueue[tuple[bytes, bytes] | DelegateFunctionException] = queue.SimpleQueue()
+        self.progress: tuple[int, int] | None = None
         self.header = frames.encode_json(frames.SPEC, spec)
         self.number: int = spec["hop"]
         self.ended = threading.Event()
@@ -91,6 +93,9 @@ class Exchange:
                 self._budget += count
             elif stream == frames.INPUT_STREAM:
                 self._keys_budget += count
+            return False
+        if kind == frames.PROGRESS:
+            self.progress = frames.decode_progress(content)
             return False
         if kind in (frames.OUT, frames.ERR):
             self._output.arrived(len(content))
@@ -152,6 +157,11 @@ class Conversation:
         error = LeaseEnded(f"the lease is over: {self.failure}", where=self.where, reason="lost")
         error.__cause__ = self.failure
         return error
+
+    @property
+    def job_id(self) -> str | None:
+        """The number of the first hop's job, as soon as it is known, also while the job waits."""
+        return self.process.number if isinstance(self.process, launch.Job) else None
 
     @property
     def is_over(self) -> bool:

@@ -41,7 +41,10 @@ KEYS = b"K"  # down: bytes of the caller's standard input; none at its end
 CANCEL = b"Q"  # down: the call that runs shall end (in a lease, which goes on)
 HOLD = b"L"  # down, first: this is a lease, of which each call follows (JSON)
 OVER = b"V"  # up, last of a lease, between two calls: no further one is taken (JSON: reason, text)
-TYPES = frozenset((HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS, CANCEL, HOLD, OVER))
+PROGRESS = b"P"  # up: how many of how many steps the call has done
+TYPES = frozenset(
+    (HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS, CANCEL, HOLD, OVER, PROGRESS)
+)
 
 PAYLOAD_STREAM = b"p"
 OUTPUT_STREAM = b"o"
@@ -58,6 +61,8 @@ MAX_TRANSFER = 1024**3
 
 _HEADER = struct.Struct(">cI")
 _CREDIT = struct.Struct(">cI")
+_PROGRESS = struct.Struct(">QQ")
+_MOST_STEPS = 2**53  # whole numbers below it are exact as floating point too
 _BACKLOG = 4 * WINDOW
 
 
@@ -99,6 +104,23 @@ def decode_credit(content: bytes) -> tuple[bytes, int]:
         raise ProtocolError("a credit of the wrong length")
     stream, count = _CREDIT.unpack(content)
     return stream, count
+
+
+def encode_progress(done: int, total: int) -> bytes:
+    """Return the frame that says: `done` of `total` steps are done; raise ValueError for what cannot be so."""
+    if not 0 <= done <= total < _MOST_STEPS:
+        raise ValueError(f"of progress, 0 ≤ done ≤ total < 2**53; this is {done} in {total}")
+    return encode(PROGRESS, _PROGRESS.pack(done, total))
+
+
+def decode_progress(content: bytes) -> tuple[int, int]:
+    """Return how many of how many steps are done."""
+    if len(content) != _PROGRESS.size:
+        raise ProtocolError("a progress of the wrong length")
+    done, total = _PROGRESS.unpack(content)
+    if not done <= total < _MOST_STEPS:
+        raise ProtocolError(f"a progress of {done} in {total}")
+    return done, total
 
 
 class Decoder:

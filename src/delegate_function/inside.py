@@ -28,7 +28,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from delegate_function import __version__, files, frames, steps
+from delegate_function import __version__, files, frames, reporting, steps
 
 SOCKET = "/run/cfiddle/sandbox.sock"
 _TEXT_LIMIT = 60_000
@@ -40,6 +40,7 @@ class Channel:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._sending = threading.Lock()
         self._decoder = frames.Decoder()
         self._waiting: list[tuple[bytes, bytes]] = []
         self._budget = frames.WINDOW
@@ -53,8 +54,9 @@ class Channel:
     def send(self, frame: bytes) -> None:
         """Write one frame."""
         view = memoryview(frame)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        with self._sending:
+            while view:
+                view = view[os.write(self._fd, view) :]
 
     def receive(self) -> tuple[bytes, bytes]:
         """Return the next frame; raise EOFError when the caller is gone."""
@@ -396,7 +398,8 @@ class _Server:
         call.clear()
         self._attributes = frozenset(_attributes(obj) or ())
         try:
-            with self._input.flowing() if self._input else contextlib.nullcontext():
+            flowing = self._input.flowing() if self._input else contextlib.nullcontext()
+            with flowing, reporting.through(self._channel.send):
                 value = getattr(obj, method)(*arguments, **keywords)
         except BaseException as error:
             self._error = _described(error)

@@ -121,9 +121,8 @@ class Lease(BaseDelegate):
 
     @property
     def job_id(self) -> str | None:
-        """The job's number, once it is known."""
-        process = self._conversation.process if self._conversation else None
-        return process.job_id if process else None
+        """The job's number, once it is known, also while the job waits."""
+        return self._conversation.job_id if self._conversation else None
 
     @property
     def is_over(self) -> bool:

@@ -88,9 +88,13 @@ def tail(text: str) -> str:
 
 
 class Output:
-    """What the call writes, on its way to `sys.stdout` or `sys.stderr` of the thread that waits."""
+    """What the call writes, on its way to `sys.stdout` or `sys.stderr` of the thread that waits.
 
-    def __init__(self) -> None:
+    `before` is told of each text before it is written.
+    """
+
+    def __init__(self, before: Callable[[str], None] = lambda text: None) -> None:
+        self._before = before
         self._decoders = {
             kind: codecs.getincrementaldecoder("utf-8")(errors="replace") for kind in (frames.OUT, frames.ERR)
         }
@@ -104,6 +108,7 @@ class Output:
         stream: TextIO | None = sys.stdout if kind == frames.OUT else sys.stderr
         self._tail = (self._tail + text)[-_TAIL:]
         if stream is not None:
+            self._before(text)
             stream.write(text)
             stream.flush()
 

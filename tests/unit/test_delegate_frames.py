@@ -1,6 +1,7 @@
 """Frames: whole ones come out however the bytes were cut, everything else is refused, and silence is noticed."""
 
 import os
+import struct
 import time
 from collections.abc import Iterator
 
@@ -23,6 +24,12 @@ def test_frames_survive_being_cut_anywhere(content: list[tuple[bytes, bytes]], p
         found += list(decoder)
     assert found == content
     assert not decoder.partial
+
+
+def _decoded(stream: bytes) -> frames.Decoder:
+    decoder = frames.Decoder()
+    decoder.feed(stream)
+    return decoder
 
 
 def test_a_frame_ends_a_line_so_that_srun_passes_it_on() -> None:
@@ -49,6 +56,26 @@ def test_what_is_no_frame_is_refused(stream: bytes) -> None:
 def test_json_that_is_no_object_is_refused(content: bytes) -> None:
     with pytest.raises(frames.ProtocolError):
         frames.decode_json(content)
+
+
+@given(st.integers(0, 2**53 - 1), st.integers(0, 2**53 - 1))
+def test_progress_comes_out_as_it_went_in(one: int, other: int) -> None:
+    done, total = sorted((one, other))
+    [(kind, content)] = list(_decoded(frames.encode_progress(done, total)))
+    assert kind == frames.PROGRESS
+    assert frames.decode_progress(content) == (done, total)
+
+
+@pytest.mark.parametrize(("done", "total"), [(2, 1), (-1, 1), (0, 2**53)])
+def test_progress_that_cannot_be_is_not_sent(done: int, total: int) -> None:
+    with pytest.raises(ValueError, match="progress"):
+        frames.encode_progress(done, total)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(15), bytes(17), struct.pack(">QQ", 2, 1), struct.pack(">QQ", 0, 2**53)])
+def test_progress_that_cannot_be_is_refused(content: bytes) -> None:
+    with pytest.raises(frames.ProtocolError):
+        frames.decode_progress(content)
 
 
 def test_a_frame_has_a_largest_size() -> None:
