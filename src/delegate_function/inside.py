@@ -43,6 +43,7 @@ class Channel:
         self._decoder = frames.Decoder()
         self._waiting: list[tuple[bytes, bytes]] = []
         self._budget = frames.WINDOW
+        self._payload = frames.Window(frames.PAYLOAD_STREAM)
         self.keys: list[bytes] = []
         os.set_blocking(fd, True)
 
@@ -84,7 +85,8 @@ class Channel:
             if kind != frames.DATA or len(content) > size:
                 raise frames.ProtocolError(f"unexpected frame {kind!r} in the payload")
             size -= len(content)
-            self.send(frames.encode_credit(frames.PAYLOAD_STREAM, len(content)))
+            if credit := self._payload.used(len(content)):
+                self.send(credit)
             yield content
 
     def send_data(self, data: bytes | memoryview) -> None:
