@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from delegate_function.generator import YAMLDelegate as YAMLDelegate
     from delegate_function.leases import Lease as Lease
     from delegate_function.leases import lease as lease
+    from delegate_function.source import SourceCode as SourceCode
     from delegate_function.testing import PDBClass as PDBClass
     from delegate_function.testing import ShellCommandClass as ShellCommandClass
     from delegate_function.testing import TestClass as TestClass
@@ -100,6 +101,7 @@ _MODULES = {
     ],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
     "leases": ["Lease", "lease"],
+    "source": ["SourceCode"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from delegate_function import __version__, files, frames, hop, launch, remote, steps
+from delegate_function import __version__, data, files, frames, hop, launch, remote, steps, terminal
 from delegate_function.callinfo import CallInfo
 from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import (
@@ -33,6 +33,7 @@ def call(
     *,
     inputs: Iterable[str | os.PathLike[str]] = (),
     outputs: Iterable[str | os.PathLike[str]] = (),
+    results: str = data.PICKLE,
     info: CallInfo,
     done: int = 0,
     directory: str | None = None,
@@ -44,6 +45,8 @@ def call(
     Args:
         hops: descriptions as the delegates give them, at least one.
         inputs, outputs: files, relative to the working directory, that go with the call and come back from it.
+        results: "data" for a value of code that is not trusted: nothing that comes is opened as a pickle, exceptions
+            come as text, `obj` stays as it is.
         info: is filled with what becomes known of the call.
         done: how many hops of the chain were taken in this process.
         directory: where the call runs, if that can be entered there; the working directory if it is not given.
@@ -60,7 +63,7 @@ def call(
         raise CallNotSent(str(error)) from error
     root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     payload: Payload | None = None
-    result = Result(output_paths, root)
+    result = Result(output_paths, root, results)
     packages: dict[str, str] = {}
     try:
         payload = Payload(pack(obj, method, arguments, keywords, packages), input_paths, root)
@@ -74,6 +77,7 @@ def call(
             "of": done + steps.count(hops),
             "parts": payload.parts,
             "outputs": output_paths,
+            "results": results,
             "directory": directory or str(Path.cwd()),
             "path": [str(Path(entry).absolute()) for entry in sys.path],
             "interactive": interactive,
@@ -86,6 +90,8 @@ def call(
         raise HopFailed(f"sent what does not belong there: {error}", where=info.where) from error
     except DelegateFunctionException as error:
         error.call = info
+        if result.as_data:
+            error.message = terminal.clean(error.message)
         raise
     finally:
         result.discard()
@@ -118,7 +124,7 @@ def _travel(
         where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
         conversation = Conversation(lambda: launch.start_process(first, where), where)
     exchange = conversation.begin(spec, payload.chunks(), keys_fd)
-    output = Output()
+    output = Output(clean=result.as_data)
     try:
         _consume(exchange, output, result, info)
     except BaseException:

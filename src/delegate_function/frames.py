@@ -60,7 +60,7 @@ MAX_TRANSFER = 1024**3
 
 _HEADER = struct.Struct(">cI")
 _CREDIT = struct.Struct(">cI")
-_BACKLOG = 2 * WINDOW
+_BACKLOG = WINDOW
 _PIPE_BYTES = 1024 * 1024
 _TRICKLE = 16 * 1024
 _PAUSE_S = 0.002
@@ -283,7 +283,8 @@ class Poller:
         """
         now = time.monotonic()
         held_up = now - self._last > BEAT_S
-        if any([link.trickled() for link in links]):
+        trickled = [link.trickled() for link in links]
+        if any(trickled):
             # srun takes and hands on 1 KiB at a time. To wake up for each of them would cost more than all else.
             time.sleep(_PAUSE_S)
         poll = select.poll()
