@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from delegate_function.leases import lease as lease
     from delegate_function.reporting import progress as progress
     from delegate_function.shelf import DetachedCall as DetachedCall
+    from delegate_function.source import SourceCode as SourceCode
     from delegate_function.testing import PDBClass as PDBClass
     from delegate_function.testing import ShellCommandClass as ShellCommandClass
     from delegate_function.testing import TestClass as TestClass
@@ -110,6 +111,7 @@ _MODULES = {
     "leases": ["Lease", "lease"],
     "reporting": ["progress"],
     "shelf": ["DetachedCall"],
+    "source": ["SourceCode"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from delegate_function import __version__, files, frames, hop, launch, remote, steps
+from delegate_function import __version__, data, files, frames, hop, launch, remote, steps, terminal
 from delegate_function.callinfo import CallInfo
 from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import (
@@ -34,6 +34,7 @@ def call(
     *,
     inputs: Iterable[str | os.PathLike[str]] = (),
     outputs: Iterable[str | os.PathLike[str]] = (),
+    results: str = data.PICKLE,
     info: CallInfo,
     done: int = 0,
     directory: str | None = None,
@@ -45,6 +46,8 @@ def call(
     Args:
         hops: descriptions as the delegates give them, at least one.
         inputs, outputs: files, relative to the working directory, that go with the call and come back from it.
+        results: "data" for a value of code that is not trusted: nothing that comes is opened as a pickle, exceptions
+            come as text, `obj` stays as it is.
         info: is filled with what becomes known of the call.
         done: how many hops of the chain were taken in this process.
         directory: where the call runs, if that can be entered there; the working directory if it is not given.
@@ -61,12 +64,19 @@ def call(
         raise CallNotSent(str(error)) from error
     root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     payload: Payload | None = None
-    result = Result(output_paths, root)
+    result = Result(output_paths, root, results)
     packages: dict[str, str] = {}
     try:
         payload = Payload(pack(obj, method, arguments, keywords, packages), input_paths, root)
         spec = header(
-            hops, payload, packages, outputs=output_paths, done=done, directory=directory, interactive=interactive
+            hops,
+            payload,
+            packages,
+            outputs=output_paths,
+            results=results,
+            done=done,
+            directory=directory,
+            interactive=interactive,
         )
         _travel(spec, payload, result, info, conversation)
         result.finish()
@@ -76,6 +86,8 @@ def call(
         raise HopFailed(f"sent what does not belong there: {error}", where=info.where) from error
     except DelegateFunctionException as error:
         error.call = info
+        if result.as_data:
+            error.message = terminal.clean(error.message)
         raise
     finally:
         result.discard()
@@ -92,6 +104,7 @@ def header(
     packages: dict[str, str],
     *,
     outputs: Sequence[str] = (),
+    results: str = data.PICKLE,
     done: int = 0,
     directory: str | None = None,
     interactive: bool = False,
@@ -107,6 +120,7 @@ def header(
         "of": done + steps.count(hops),
         "parts": payload.parts,
         "outputs": list(outputs),
+        "results": results,
         "directory": directory or str(Path.cwd()),
         "path": [str(Path(entry).absolute()) for entry in sys.path],
         "interactive": interactive,
@@ -165,7 +179,7 @@ def _travel(
 
 
 def _consume(exchange: Exchange, display: Display, result: Result, info: CallInfo) -> None:
-    output = Output(display.give_way)
+    output = Output(display.give_way, clean=result.as_data)
     while True:
         event = display.next_event()
         if isinstance(event, DelegateFunctionException):

@@ -13,6 +13,8 @@ Only the standard library is used, and little of it: this is loaded before every
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
@@ -54,7 +56,7 @@ INPUT_STREAM = b"i"
 BEAT_S = 0.5
 SILENCE_S = 1.5
 CHUNK = 128 * 1024
-WINDOW = 1024 * 1024
+WINDOW = 4 * 1024 * 1024
 MAX_FRAME = 256 * 1024
 MAX_TRANSFER = 1024**3
 """Payloads and results may have this many bytes."""
@@ -63,7 +65,10 @@ _HEADER = struct.Struct(">cI")
 _CREDIT = struct.Struct(">cI")
 _PROGRESS = struct.Struct(">QQ")
 _MOST_STEPS = 2**53  # whole numbers below it are exact as floating point too
-_BACKLOG = 4 * WINDOW
+_BACKLOG = WINDOW
+_PIPE_BYTES = 1024 * 1024
+_TRICKLE = 16 * 1024
+_PAUSE_S = 0.002
 
 
 class ProtocolError(Exception):
@@ -128,6 +133,8 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.missing = 0
+        """How many bytes the frame that has begun lacks, as far as its header has come."""
 
     def feed(self, data: bytes) -> None:
         """Take bytes as they came."""
@@ -140,6 +147,7 @@ class Decoder:
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         buffer, start = self._buffer, 0
+        self.missing = 0
         try:
             while len(buffer) - start >= _HEADER.size:
                 kind, length = _HEADER.unpack_from(buffer, start)
@@ -147,6 +155,7 @@ class Decoder:
                     raise ProtocolError(f"not a frame: {bytes(buffer[start : start + 80])!r}")
                 end = start + _HEADER.size + length
                 if len(buffer) <= end:
+                    self.missing = end + 1 - len(buffer)
                     break
                 if buffer[end] != 0x0A:
                     raise ProtocolError("a frame without its end")
@@ -196,8 +205,12 @@ class Link:
         self._backlog = 0
         self._heard: float | None = None
         self._sent = time.monotonic()
+        self._trickled = False
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
+        for fd in (read_fd, write_fd):
+            with contextlib.suppress(OSError):  # no pipe, or the user has too many of that size
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def receive(self) -> list[tuple[bytes, bytes]]:
         """Return the frames that have come, without beats; set `closed` at the end of the stream."""
@@ -212,7 +225,9 @@ class Link:
             return []
         self.watch()
         self._decoder.feed(data)
-        return [frame for frame in self._decoder if frame[0] != BEAT]
+        received = [frame for frame in self._decoder if frame[0] != BEAT]
+        self._trickled |= len(data) < _TRICKLE < self._decoder.missing
+        return received
 
     def send(self, *frames: bytes) -> None:
         """Queue frames and write what the stream takes at once."""
@@ -238,6 +253,7 @@ class Link:
                 del self._pending[0]
             else:
                 self._pending[0] = self._pending[0][written:]
+                self._trickled |= written < _TRICKLE < len(self._pending[0])
 
     @property
     def pending(self) -> bool:
@@ -248,6 +264,11 @@ class Link:
     def congested(self) -> bool:
         """Say whether so much waits to be written that nothing should be added."""
         return self._backlog > _BACKLOG
+
+    def trickled(self) -> bool:
+        """Say whether since the last time little of a long frame came or went at once, and forget it."""
+        trickled, self._trickled = self._trickled, False
+        return trickled
 
     def watch(self) -> None:
         """Count silence from now on."""
@@ -284,6 +305,10 @@ class Poller:
         """
         now = time.monotonic()
         held_up = now - self._last > BEAT_S
+        trickled = [link.trickled() for link in links]
+        if any(trickled):
+            # srun takes and hands on 1 KiB at a time. To wake up for each of them would cost more than all else.
+            time.sleep(_PAUSE_S)
         poll = select.poll()
         masks: dict[int, int] = {}
         for fd in reads:

@@ -20,6 +20,7 @@ import time
 from delegate_function import __version__, frames, launch, remote, slurm, steps
 from delegate_function.errors import (
     CallCancelled,
+    ConfigurationError,
     ConnectionLost,
     DelegateFunctionException,
     HopFailed,
@@ -320,7 +321,12 @@ def _take_steps(
             if not relay.completed:
                 return relay
             spec, waiting = {**spec, "credit": relay.credit}, relay.kept
-        elif kind != steps.TERMINAL:
+        elif kind == steps.DATA and spec.get("results") != steps.DATA:
+            raise ConfigurationError(
+                "the description says results='data', and it was found too late: the caller must ask for that",
+                where=where,
+            )
+        elif kind not in (steps.TERMINAL, steps.DATA):
             return spec, waiting
         spec = {**spec, "hops": hops[1:]}
 
