@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from delegate_function.errors import CallNotSent as CallNotSent
     from delegate_function.errors import ConfigurationError as ConfigurationError
     from delegate_function.errors import ConnectionLost as ConnectionLost
+    from delegate_function.errors import CountersUnavailable as CountersUnavailable
     from delegate_function.errors import DelegateFunctionException as DelegateFunctionException
     from delegate_function.errors import HopFailed as HopFailed
     from delegate_function.errors import JobCancelled as JobCancelled
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from delegate_function.errors import ResultNotReturned as ResultNotReturned
     from delegate_function.errors import SandboxRefused as SandboxRefused
     from delegate_function.errors import VersionMismatch as VersionMismatch
+    from delegate_function.fingerprint import OversubscribedNode as OversubscribedNode
+    from delegate_function.fingerprint import UnlikeNodes as UnlikeNodes
+    from delegate_function.fingerprint import differences as differences
     from delegate_function.generator import DelegateGenerator as DelegateGenerator
     from delegate_function.generator import LateBoundYAMLDelegate as LateBoundYAMLDelegate
     from delegate_function.generator import YAMLDelegate as YAMLDelegate
@@ -76,6 +80,7 @@ _MODULES = {
         "CallNotSent",
         "ConfigurationError",
         "ConnectionLost",
+        "CountersUnavailable",
         "DelegateFunctionException",
         "HopFailed",
         "JobCancelled",
@@ -92,6 +97,7 @@ _MODULES = {
         "SandboxRefused",
         "VersionMismatch",
     ],
+    "fingerprint": ["OversubscribedNode", "UnlikeNodes", "differences"],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }

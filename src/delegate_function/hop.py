@@ -370,6 +370,8 @@ def serve(read_fd: int, write_fd: int) -> None:
         "node": os.uname().nodename,
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID") if spec.get("kind") == "slurm" else None,
+        "slurm_cpus": int(os.environ.get("SLURM_CPUS_ON_NODE", 0)) if spec.get("kind") == "slurm" else None,
+        "cpus": len(os.sched_getaffinity(0)),
         "python": list(sys.version_info[:3]),
         "version": __version__,
     }

@@ -1,0 +1,60 @@
+"""Why there are no hardware counters where this process runs.
+
+A counter of what a process itself does in user space, which is what cfiddle's are, needs no capability: only a kernel
+whose `perf_event_paranoid` is 2 or less, a list of system calls that has `perf_event_open`, and a CPU that counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from pathlib import Path
+
+# linux/perf_event.h: types and configurations of events, and the flags disabled, exclude_kernel and exclude_hv.
+_HARDWARE, _SOFTWARE = 0, 1
+_INSTRUCTIONS, _DUMMY = 1, 9
+_FLAGS = 1 << 0 | 1 << 5 | 1 << 6
+_SIZE = 128
+# perf_event_open(2) has no function in the C library; its number, by uname's name of the machine.
+_NUMBERS = {"x86_64": 298, "aarch64": 241}
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+
+
+def obstacle() -> str | None:
+    """Return what keeps this process from hardware counters: "policy: …", "kernel: …" or "machine: …"; else None."""
+    # A software event needs no counter of the CPU's, so what is refused there is the policy's or the kernel's to allow.
+    for kind, event in ((_SOFTWARE, _DUMMY), (_HARDWARE, _INSTRUCTIONS)):
+        if error := _try(kind, event):
+            return _explained(error)
+    return None
+
+
+def _explained(error: int) -> str:
+    if error == errno.EPERM:
+        return "policy: perf_event_open is not among the system calls that are allowed here"
+    if error == errno.EACCES:
+        return f"kernel: perf_event_paranoid is {_PARANOID.read_text().strip()}; counters need 2 or less"
+    if error == errno.ENOSYS:
+        return "kernel: it was built without performance events"
+    if error in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+        return "machine: its CPU has no counters, or the virtual machine that it is does not show them"
+    return f"machine: {os.strerror(error)}"
+
+
+def _try(kind: int, event: int) -> int:
+    """Open and close an event; return the error's number, 0 for none."""
+    attributes = ctypes.create_string_buffer(_SIZE)
+    struct.pack_into("=IIQ", attributes, 0, kind, _SIZE, event)
+    struct.pack_into("=Q", attributes, 40, _FLAGS)
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = _NUMBERS.get(platform.machine())
+    if number is None:
+        return errno.ENOSYS
+    fd = libc.syscall(ctypes.c_long(number), attributes, 0, -1, ctypes.c_int(-1), ctypes.c_ulong(0))
+    if fd < 0:
+        return ctypes.get_errno()
+    os.close(fd)
+    return 0
