@@ -13,12 +13,11 @@ from agent.wire import SOCKET, Refused
 
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all of this
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
-__all__ = ["SOCKET", "Call", "Ended", "Refused", "call"]
+__all__ = ["SOCKET", "Call", "Ended", "Refused", "hold"]
 
-_CONNECT_S = 10.0
+_CONNECT_S = 1.0
 
 
 class Ended:
@@ -80,55 +79,50 @@ class Call:
             self._connection.close()
             raise
 
-    def wait(self, on_started: Callable[[dict[str, Any]], None] | None = None) -> Ended:
-        """Wait for the end; `on_started` is given the agent's message when the call's process has its descriptors.
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when the agent has something to say."""
+        return self._connection.fileno()
+
+    def take(self) -> dict[str, Any] | Ended:
+        """Return what the agent says next: how the call ended, or before that a message, of which "started" is one.
 
         Raises:
             Refused: the agent refuses the call.
             ConnectionError: the agent is gone, and the sandbox with it.
         """
-        while True:
-            try:
-                message, _ = wire.receive(self._connection)
-            except EOFError as error:
-                raise ConnectionError("the agent went away during the call") from error
-            kind = message.get("type")
-            if kind == "refused":
-                raise Refused(str(message["code"]), str(message["message"]))
-            if kind == "started" and on_started:
-                on_started(message)
-            if kind == "ended":
-                return Ended(message)
+        try:
+            message, _ = wire.receive(self._connection)
+        except EOFError as error:
+            raise ConnectionError("the agent went away during the call") from error
+        if message.get("type") == "refused":
+            raise Refused(str(message["code"]), str(message["message"]))
+        return Ended(message) if message.get("type") == "ended" else message
 
     def close(self) -> None:
         """Give the call up: the agent destroys the sandbox at once."""
         self._connection.close()
 
 
-def call(
-    *,
-    job: int,
-    profile: str,
-    seconds: float | None,
-    memory_mb: int | None,
-    channel: socket.socket,
-    stdout: int,
-    stderr: int,
-    socket_path: str = SOCKET,
-    on_started: Callable[[dict[str, Any]], None] | None = None,
-) -> Ended:
-    """Run one call in a sandbox and return how it ended; arguments and errors are those of `Call` and `Call.wait`."""
-    asked = Call(
-        job=job,
-        profile=profile,
-        seconds=seconds,
-        memory_mb=memory_mb,
-        channel=channel,
-        stdout=stdout,
-        stderr=stderr,
-        socket_path=socket_path,
-    )
+def hold(*, job: int, socket_path: str = SOCKET) -> socket.socket:
+    """Tell the agent that the machine is quiet between the calls of a job, until the returned socket is closed.
+
+    Raises:
+        Refused: the user has no such job here.
+        OSError: there is no agent to speak to.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        return asked.wait(on_started)
-    finally:
-        asked.close()
+        connection.settimeout(_CONNECT_S)
+        connection.connect(socket_path)
+        wire.send(connection, {"v": wire.VERSION, "type": "lease", "job": job})
+        message, _ = wire.receive(connection)
+    except EOFError as error:
+        connection.close()
+        raise ConnectionError("the agent went away") from error
+    except BaseException:
+        connection.close()
+        raise
+    if message.get("type") == "refused":
+        connection.close()
+        raise Refused(str(message["code"]), str(message["message"]))
+    return connection

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from delegate_function.delegates import TemporaryDirectoryDelegate as TemporaryDirectoryDelegate
     from delegate_function.delegates import TrivialDelegate as TrivialDelegate
     from delegate_function.delegates import shell_hook as shell_hook
+    from delegate_function.errors import CallCancelled as CallCancelled
     from delegate_function.errors import CallNotSent as CallNotSent
     from delegate_function.errors import ConfigurationError as ConfigurationError
     from delegate_function.errors import ConnectionLost as ConnectionLost
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from delegate_function.errors import JobError as JobError
     from delegate_function.errors import JobRejected as JobRejected
     from delegate_function.errors import JobTimeout as JobTimeout
+    from delegate_function.errors import LeaseEnded as LeaseEnded
     from delegate_function.errors import LimitExceeded as LimitExceeded
     from delegate_function.errors import NodeFailed as NodeFailed
     from delegate_function.errors import NotOffered as NotOffered
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from delegate_function.generator import DelegateGenerator as DelegateGenerator
     from delegate_function.generator import LateBoundYAMLDelegate as LateBoundYAMLDelegate
     from delegate_function.generator import YAMLDelegate as YAMLDelegate
+    from delegate_function.leases import Lease as Lease
+    from delegate_function.leases import lease as lease
     from delegate_function.testing import PDBClass as PDBClass
     from delegate_function.testing import ShellCommandClass as ShellCommandClass
     from delegate_function.testing import TestClass as TestClass
@@ -77,6 +81,7 @@ _MODULES = {
         "shell_hook",
     ],
     "errors": [
+        "CallCancelled",
         "CallNotSent",
         "ConfigurationError",
         "ConnectionLost",
@@ -87,6 +92,7 @@ _MODULES = {
         "JobError",
         "JobRejected",
         "JobTimeout",
+        "LeaseEnded",
         "LimitExceeded",
         "NodeFailed",
         "NotOffered",
@@ -99,6 +105,7 @@ _MODULES = {
     ],
     "fingerprint": ["OversubscribedNode", "UnlikeNodes", "differences"],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
+    "leases": ["Lease", "lease"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

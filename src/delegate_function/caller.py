@@ -11,7 +11,7 @@ from typing import Any
 
 from delegate_function import __version__, files, frames, hop, launch, remote, steps
 from delegate_function.callinfo import CallInfo
-from delegate_function.conversation import Conversation
+from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import (
     CallNotSent,
     DelegateFunctionException,
@@ -37,6 +37,7 @@ def call(
     done: int = 0,
     directory: str | None = None,
     interactive: bool = False,
+    conversation: Conversation | None = None,
 ) -> Any:
     """Run `obj.method(*arguments, **keywords)` at the end of the hops and return its value.
 
@@ -47,6 +48,7 @@ def call(
         done: how many hops of the chain were taken in this process.
         directory: where the call runs, if that can be entered there; the working directory if it is not given.
         interactive: whether the call reads this process's standard input.
+        conversation: of the lease within which the call is made, if it is.
 
     Raises:
         what the method raised, with a RemoteTraceback as its cause, or a DelegateFunctionException.
@@ -76,7 +78,7 @@ def call(
             "path": [str(Path(entry).absolute()) for entry in sys.path],
             "interactive": interactive,
         }
-        _travel(spec, payload, result, info)
+        _travel(spec, payload, result, info, conversation)
         result.finish()
     except files.FileError as error:
         raise ResultNotReturned(f"an output of the call cannot be written: {error}") from error
@@ -101,7 +103,9 @@ def _standard_input() -> int:
         raise NotOffered("interactive=True needs a terminal or a file as standard input; there is none here") from error
 
 
-def _travel(spec: dict[str, Any], payload: Payload, result: Result, info: CallInfo) -> None:
+def _travel(
+    spec: dict[str, Any], payload: Payload, result: Result, info: CallInfo, conversation: Conversation | None
+) -> None:
     keys_fd = _standard_input() if spec["interactive"] else None
     first, *rest = spec["hops"]
     if first["type"] == "sandbox":
@@ -110,26 +114,23 @@ def _travel(spec: dict[str, Any], payload: Payload, result: Result, info: CallIn
         spec = {**spec, "kind": first["type"]}
     else:
         spec = {**spec, "kind": first["type"], "hops": rest, "hop": spec["hop"] + 1}
-    number = spec["hop"]
-    header = frames.encode_json(frames.SPEC, spec)
-    where = hop.describe(first["type"], number, spec["of"], remote.node(first))
-    process = launch.start(first, where)
-    assert isinstance(process, launch.Process)
-    process.link.send(header)
-    conversation = Conversation(process, where, number, payload.chunks(), keys_fd)
+    if conversation is None:
+        where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
+        conversation = Conversation(lambda: launch.start_process(first, where), where)
+    exchange = conversation.begin(spec, payload.chunks(), keys_fd)
     output = Output()
     try:
-        _consume(conversation, output, result, info)
+        _consume(exchange, output, result, info)
     except BaseException:
         # Also Ctrl-C, and a stream that cannot be written: nobody waits for the call any more.
-        conversation.cancel()
+        exchange.cancel()
         raise
-    conversation.join()
+    exchange.join()
 
 
-def _consume(conversation: Conversation, output: Output, result: Result, info: CallInfo) -> None:
+def _consume(exchange: Exchange, output: Output, result: Result, info: CallInfo) -> None:
     while True:
-        event = conversation.events.get()
+        event = exchange.events.get()
         if isinstance(event, DelegateFunctionException):
             output.finish()
             event.output_tail = output.tail
@@ -137,10 +138,10 @@ def _consume(conversation: Conversation, output: Output, result: Result, info: C
         kind, content = event
         if kind in (frames.OUT, frames.ERR):
             output.write(kind, content)
-            conversation.used(kind, len(content))
+            exchange.used(kind, len(content))
         elif kind == frames.DATA:
             result.take(content)
-            conversation.used(kind, len(content))
+            exchange.used(kind, len(content))
         elif kind == frames.RESULT:
             result.begin(frames.decode_json(content))
         elif kind == frames.HELLO:

@@ -17,6 +17,7 @@ from typing import Any
 
 from delegate_function import caller, files, hop, remote, slurm, steps
 from delegate_function.callinfo import CallInfo
+from delegate_function.conversation import Conversation
 from delegate_function.errors import CallNotSent, ConfigurationError, ResultNotReturned
 from delegate_function.steps import SHELL
 
@@ -46,6 +47,7 @@ class BaseDelegate:
         self.last_call: CallInfo | None = None
         self._debug_pre_hook = debug_pre_hook
         self._subdelegate: BaseDelegate | None = None
+        self._conversation: Conversation | None = None
         self.set_subdelegate(subdelegate)
 
     def set_subdelegate(self, subdelegate: BaseDelegate | None) -> None:
@@ -108,6 +110,7 @@ class BaseDelegate:
                     done=done,
                     directory=directory,
                     interactive=interactive,
+                    conversation=self._conversation,
                 )
             if directory:
                 _copy(inputs, ".", directory, CallNotSent)

@@ -117,6 +117,21 @@ class NodeFailed(JobError):
     code = "node-failed"
 
 
+class CallCancelled(DelegateFunctionException):
+    """The call was ended because its caller wanted that."""
+
+    code = "cancelled"
+
+
+class LeaseEnded(DelegateFunctionException):
+    """The lease is over, and the call did not begin: it can go another way. `details["reason"]` has a word for why.
+
+    The words: "idle", "time", "preempted" (others wait), "closed" (given back), "lost" (its job is gone).
+    """
+
+    code = "lease-ended"
+
+
 class SandboxRefused(DelegateFunctionException):
     """The node's agent refused to start a sandbox; `details["reason"]` has its code."""
 

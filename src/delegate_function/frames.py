@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-VERSION = 1
+VERSION = 2
 
 HELLO = b"H"  # up: a hop's process runs (JSON: hop, what, where, pid, job)
 SPEC = b"S"  # down: the hops that remain and the parts of the payload (JSON)
@@ -38,7 +38,10 @@ END = b"Z"  # up, last: the result is complete
 CREDIT = b"C"  # both: bytes of a stream that were used up
 BEAT = b"B"  # both: still here
 KEYS = b"K"  # down: bytes of the caller's standard input; none at its end
-TYPES = frozenset((HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS))
+CANCEL = b"Q"  # down: the call that runs shall end (in a lease, which goes on)
+HOLD = b"L"  # down, first: this is a lease, of which each call follows (JSON)
+OVER = b"V"  # up, last of a lease, between two calls: no further one is taken (JSON: reason, text)
+TYPES = frozenset((HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS, CANCEL, HOLD, OVER))
 
 PAYLOAD_STREAM = b"p"
 OUTPUT_STREAM = b"o"

@@ -19,9 +19,11 @@ import time
 
 from delegate_function import __version__, frames, launch, remote, slurm, steps
 from delegate_function.errors import (
+    CallCancelled,
     ConnectionLost,
     DelegateFunctionException,
     HopFailed,
+    JobTimeout,
     LimitExceeded,
     RemoteError,
     VersionMismatch,
@@ -47,8 +49,9 @@ def describe(kind: Any, number: Any, of: Any, node: str = "") -> str:
 class Relay:
     """One call on its way through this process."""
 
-    def __init__(self, up: frames.Link, spec: dict[str, Any], where: str) -> None:
+    def __init__(self, up: frames.Link, spec: dict[str, Any], where: str, lease: _Lease | None = None) -> None:
         self._up = up
+        self._lease = lease
         self._poller = frames.Poller()
         self._credit = int(spec.get("credit", frames.WINDOW))
         self._written = 0
@@ -94,7 +97,7 @@ class Relay:
                     self._fail(HopFailed(f"sent what does not belong there: {error}", where=self.where))
             finish_sending(self._up, self._poller)
         finally:
-            self._next.kill()
+            self._next.discard()
 
     def _step(self) -> None:
         up, down = self._up, self._next.link
@@ -122,6 +125,8 @@ class Relay:
             link.beat()
         if up.silent:
             self._over = self.abandoned = True
+        elif self._lease and self._lease.is_up:
+            self._fail(JobTimeout(f"killed, the lease's {self._lease.seconds:g} s are up", where=self.where))
         if self._over:
             return
         if self._call_is_next:
@@ -136,6 +141,9 @@ class Relay:
 
     def _take(self, received: list[tuple[bytes, bytes]]) -> None:
         for kind, content in received:
+            if kind == frames.CANCEL:
+                self._fail(CallCancelled("the call was cancelled by its caller", where=self.where))
+                return
             if kind == frames.CREDIT and self._call_is_next:
                 stream, count = frames.decode_credit(content)
                 if stream == frames.OUTPUT_STREAM:
@@ -343,25 +351,29 @@ def _readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
 
 
-def _receive_spec(up: frames.Link) -> tuple[dict[str, Any], list[tuple[bytes, bytes]]] | None:
-    """Return the call's header and the frames that came with it; nothing if the caller is gone."""
+def _receive(up: frames.Link, poller: frames.Poller, kinds: tuple[bytes, ...]) -> Received:
+    """Return what came if a frame of one of these kinds is in it, from that one on."""
+    if up.read_fd not in poller.wait([up.read_fd], [], [up]):
+        return []
+    received = up.receive()
+    found = next((number for number, (kind, _) in enumerate(received) if kind in kinds), len(received))
+    return received[found:]
+
+
+def _start_of(up: frames.Link) -> Received:
+    """Return the first frame that comes, and those behind it; nothing if the caller is gone."""
     deadline = time.monotonic() + _SPEC_S
     poller = frames.Poller()
     while time.monotonic() < deadline and not up.closed:
-        if up.read_fd in poller.wait([up.read_fd], [], []) and (received := up.receive()):
-            if received[0][0] != frames.SPEC:
+        if received := _receive(up, poller, tuple(frames.TYPES)):
+            if received[0][0] not in (frames.SPEC, frames.HOLD):
                 raise frames.ProtocolError(f"frame {received[0][0]!r} at the start")
-            return frames.decode_json(received[0][1]), received[1:]
-    return None
+            return received
+    return []
 
 
-def serve(read_fd: int, write_fd: int) -> None:
-    """Serve one call whose frames come and go over the two descriptors."""
-    up = frames.Link(read_fd, write_fd)
-    received = _receive_spec(up)
-    if received is None:
-        return
-    spec, waiting = received
+def _greet(up: frames.Link, spec: dict[str, Any]) -> str:
+    """Say who this is; return where."""
     where = describe(spec.get("kind"), spec["hop"], spec["of"], os.uname().nodename)
     greeting = {
         "hop": spec["hop"],
@@ -374,25 +386,117 @@ def serve(read_fd: int, write_fd: int) -> None:
         "cpus": len(os.sched_getaffinity(0)),
         "python": list(sys.version_info[:3]),
         "version": __version__,
+        "lease": "idle_s" in spec,
     }
     up.send(frames.encode_json(frames.HELLO, greeting))
+    return where
+
+
+def _serve_call(
+    up: frames.Link, spec: dict[str, Any], waiting: Received, where: str, lease: _Lease | None = None
+) -> bool:
+    """Serve one call; return whether anybody waited for it to the end."""
     with contextlib.ExitStack() as stack:
         try:
             _check_version(spec, where)
             going_on = _take_steps(up, spec, waiting, where, stack)
             if isinstance(going_on, HookRelay):
-                relay: Relay = going_on
-            else:
-                relay = Relay(up, _with_directory(going_on[0], where, stack), where)
+                return not going_on.abandoned
+            relay = Relay(up, _with_directory(going_on[0], where, stack), where, lease)
+        except DelegateFunctionException as error:
+            up.send(frames.encode_json(frames.ERROR, to_wire(error)))
+            finish_sending(up, frames.Poller())
+            return True
+        relay.run(going_on[1])
+    return not relay.abandoned
+
+
+class _Lease:
+    """One call after the other, until it is given back, idle for too long, over its time, or others wait."""
+
+    def __init__(self, up: frames.Link, terms: dict[str, Any]) -> None:
+        self.seconds = float(terms["seconds"])
+        self._up = up
+        self._poller = frames.Poller()
+        self._idle_s = float(terms["idle_s"])
+        self._ends = time.monotonic() + self.seconds
+        self._others_wait = False
+        signal.signal(signal.SIGUSR1, self._on_signal)
+        if terms.get("sandbox"):
+            self._holding = launch.tell_agent_of_lease()
+        else:
+            from delegate_function import inside  # noqa: F401  (what each call's process, forked from this one, needs)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        # Slurm sends it when the job's place is wanted (slurm.srun_argv asks for that); the call that runs may end.
+        self._others_wait = True
+
+    @property
+    def is_up(self) -> bool:
+        """Say whether its time is over."""
+        return time.monotonic() >= self._ends
+
+    def run(self, waiting: Received) -> bool:
+        """Serve calls, the first of which may have come already; return whether the caller was there to the end."""
+        while received := waiting or self._next():
+            if received[0][0] == frames.OVER:
+                return True
+            spec = frames.decode_json(received[0][1])
+            if not _serve_call(self._up, spec, received[1:], _greet(self._up, spec), self):
+                return False
+            waiting = []
+        return not self._is_abandoned
+
+    @property
+    def _is_abandoned(self) -> bool:
+        return self._up.closed or self._up.silent
+
+    def _next(self) -> Received:
+        """Wait for the next call or the end of the lease; return nothing where there is to be none."""
+        idle_until = time.monotonic() + self._idle_s
+        while not self._is_abandoned:
+            if reason := self._reason(idle_until):
+                self._up.send(frames.encode_json(frames.OVER, reason))
+                finish_sending(self._up, self._poller)
+                break
+            if received := _receive(self._up, self._poller, (frames.SPEC, frames.OVER)):
+                return received
+            self._up.flush()
+            self._up.beat()
+        return []
+
+    def _reason(self, idle_until: float) -> dict[str, str] | None:
+        if self._others_wait:
+            return {"reason": "preempted", "text": "others wait for its node"}
+        if self.is_up:
+            return {"reason": "time", "text": f"its {self.seconds:g} s are up"}
+        if time.monotonic() >= idle_until:
+            return {"reason": "idle", "text": f"it was idle for {self._idle_s:g} s"}
+        return None
+
+
+def serve(read_fd: int, write_fd: int) -> None:
+    """Serve a call, or a lease's calls, whose frames come and go over the two descriptors."""
+    up = frames.Link(read_fd, write_fd)
+    received = _start_of(up)
+    if not received:
+        return
+    kind, content = received[0]
+    spec = frames.decode_json(content)
+    where = _greet(up, spec)
+    if kind == frames.SPEC:
+        is_wanted = _serve_call(up, spec, received[1:], where)
+    else:
+        try:
+            _check_version(spec, where)
         except DelegateFunctionException as error:
             up.send(frames.encode_json(frames.ERROR, to_wire(error)))
             finish_sending(up, frames.Poller())
             return
-        if not isinstance(going_on, HookRelay):
-            relay.run(going_on[1])
-    if relay.abandoned and greeting["job"]:
+        is_wanted = _Lease(up, spec).run(received[1:])
+    if not is_wanted and spec.get("kind") == "slurm":
         # Whoever started the job is gone, perhaps without a chance to take it away.
-        slurm.cancel(str(greeting["job"]))
+        slurm.cancel(os.environ["SLURM_JOB_ID"])
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import functools
 import os
 import signal
 import socket
-import threading
 import time
 
 from delegate_function import frames, remote, slurm
@@ -66,6 +65,12 @@ class Next:
         """End it, and all that hangs on it, at once."""
         raise NotImplementedError
 
+    def discard(self) -> None:
+        """Leave nothing of it, in whatever way the call has ended."""
+        self.kill()
+        while self.outputs:
+            os.close(self.outputs.popitem()[0])
+
 
 def start(hop: dict[str, Any], where: str) -> Next:
     """Start a hop that is not the last; `where` names it in errors."""
@@ -80,6 +85,23 @@ def start(hop: dict[str, Any], where: str) -> Next:
     except OSError as error:
         raise remote.cannot_start(hop, error, where) from error
     raise ConfigurationError(f"unknown kind of hop {kind!r}", where=where)
+
+
+def start_process(hop: dict[str, Any], where: str) -> Process:
+    """Start a hop that is a process, which the first one of a call always is."""
+    started = start(hop, where)
+    assert isinstance(started, Process)
+    return started
+
+
+def tell_agent_of_lease() -> Any:
+    """Tell this node's agent that the job is quiet between calls; return what keeps it so, if there is an agent."""
+    from agent import call as agent
+
+    try:
+        return agent.hold(job=int(os.environ["SLURM_JOB_ID"]))
+    except (OSError, agent.Refused):
+        return None  # a call will say what is wrong; it does not depend on this
 
 
 class Process(Next):
@@ -266,6 +288,11 @@ class Worker(Next):
             os.waitpid(self._pid, 0)
             self.ended = True
 
+    def discard(self) -> None:
+        super().discard()
+        os.close(self.wake_fd)
+        self._channel.close()
+
     def _kill_group(self) -> None:
         # What the call left running has nobody who waits for it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -293,58 +320,61 @@ class Sandbox(Next):
                 "a sandbox runs in a Slurm job, and this process is in none; put SlurmDelegate before SandboxDelegate",
                 where=where,
             )
+        from agent import call as agent
+
         self._where = where
-        self._hop = hop
-        self._job = int(job)
         self._started: dict[str, Any] = {}
-        self._ended: Any = None
+        self._ended: agent.Ended | None = None
         self._error: DelegateFunctionException | None = None
         self.ended = False
         self.output_limit = DEFAULT_OUTPUT_MB * 1024**2
-        ours, theirs = socket.socketpair()
+        self._channel, theirs = socket.socketpair()
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
-        self.wake_fd, self._wake_write = os.pipe()
-        self._channel = ours
-        self.link = frames.Link(ours.fileno(), ours.fileno(), beats=False)
-        self.outputs = {out_read: frames.OUT, err_read: frames.ERR}
-        thread = threading.Thread(target=self._call, args=(theirs, out_write, err_write), daemon=True)
-        thread.start()
-
-    def _call(self, channel: socket.socket, out_fd: int, err_fd: int) -> None:
         try:
-            from agent import call as agent
-
-            try:
-                self._ended = agent.call(
-                    job=self._job,
-                    profile=str(self._hop.get("profile", "default")),
-                    seconds=self._hop.get("seconds"),
-                    memory_mb=self._hop.get("memory_mb"),
-                    channel=channel,
-                    stdout=out_fd,
-                    stderr=err_fd,
-                    on_started=self._on_started,
-                )
-            except agent.Refused as refusal:
-                self._error = SandboxRefused(str(refusal), where=self._where, reason=refusal.code)
-        except Exception as error:
-            self._error = HopFailed(f"the sandbox's agent cannot be asked: {error}", where=self._where)
+            self._call = agent.Call(
+                job=int(job),
+                profile=str(hop.get("profile", "default")),
+                seconds=hop.get("seconds"),
+                memory_mb=hop.get("memory_mb"),
+                channel=theirs,
+                stdout=out_write,
+                stderr=err_write,
+            )
+        except OSError as error:
+            for fd in (out_read, err_read):
+                os.close(fd)
+            self._channel.close()
+            raise HopFailed(f"the sandbox's agent cannot be asked: {error}", where=where) from error
         finally:
-            channel.close()
-            os.close(out_fd)
-            os.close(err_fd)
-            os.close(self._wake_write)
+            theirs.close()
+            for fd in (out_write, err_write):
+                os.close(fd)
+        self.wake_fd = self._call.fileno()
+        self.link = frames.Link(self._channel.fileno(), self._channel.fileno(), beats=False)
+        self.outputs = {out_read: frames.OUT, err_read: frames.ERR}
+
+    def on_wake(self) -> None:
+        from agent import call as agent
+
+        try:
+            said = self._call.take()
+        except agent.Refused as refusal:
+            self._error = SandboxRefused(str(refusal), where=self._where, reason=refusal.code)
+        except OSError as error:
+            self._error = HopFailed(f"the sandbox's agent is gone: {error}", where=self._where)
+        else:
+            if isinstance(said, dict):
+                self._on_started(said)
+                return
+            self._ended = said
+        self.ended = True
 
     def _on_started(self, message: dict[str, Any]) -> None:
         self._started = message
         limits = message.get("limits") or {}
         if limits.get("output_mb"):
             self.output_limit = int(limits["output_mb"] * 1024**2)
-
-    def on_wake(self) -> None:
-        if not os.read(self.wake_fd, 1):
-            self.ended = True
 
     def usage(self) -> dict[str, Any]:
         known: dict[str, Any] = {"container": self._started.get("container")}
@@ -355,6 +385,7 @@ class Sandbox(Next):
     def explain(self) -> DelegateFunctionException:
         if self._error is not None:
             return self._error
+        assert self._ended
         reason = self._ended.reason
         details: dict[str, Any] = {"reason": reason, **self.usage()}
         detail = f" ({self._ended.detail})" if self._ended.detail else ""
@@ -375,5 +406,8 @@ class Sandbox(Next):
         return HopFailed(f"the sandbox ended: {reason}{detail}", where=self._where, **details)
 
     def kill(self) -> None:
-        # The agent destroys the sandbox of whoever is gone; this process ends next.
+        self._call.close()  # the agent destroys the sandbox of whoever is gone
+
+    def discard(self) -> None:
+        super().discard()
         self._channel.close()

@@ -73,6 +73,9 @@ def srun_argv(hop: dict[str, Any]) -> list[str]:
     options = checked(hop.get("options") or {})
     options.setdefault("job_name", "delegate")
     argv += [f"--{OPTIONS[name][0]}={value}" for name, value in options.items()]
+    if hop.get("lease"):
+        # When its place is wanted (PreemptParameters=send_user_signal), and a minute before its time is up anyway.
+        argv.append("--signal=USR1@60")
     argv.append("--")
     if hop.get("executable"):
         argv.append(str(hop["executable"]))

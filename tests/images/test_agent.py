@@ -200,17 +200,17 @@ def test_each_call_has_a_container_of_its_own(worker: Worker) -> None:
 
 def test_usage_and_fingerprint_come_with_the_result(worker: Worker) -> None:
     program = """
-from agent.call import call as ask
+from agent.call import Call
 import socket
 # What the call is has no part in it: here its process finds nobody at the other end, and ends.
 ours, theirs = socket.socketpair()
 read, write = os.pipe()
 ours.close()
-seen = []
 streams = {"channel": theirs, "stdout": write, "stderr": write}
-ended = ask(job=7, profile="one-core", seconds=5, memory_mb=100, on_started=seen.append, **streams)
+asked = Call(job=7, profile="one-core", seconds=5, memory_mb=100, **streams)
+started, ended = asked.take(), asked.take()
 import json
-print(json.dumps([seen[0], ended.reason, ended.exit_status, ended.usage, ended.node]))
+print(json.dumps([started, ended.reason, ended.exit_status, ended.usage, ended.node]))
 """
     started, reason, status, usage, node = json.loads(worker.python(program))
     assert (reason, status) == ("exited", 1)

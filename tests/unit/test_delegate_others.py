@@ -35,6 +35,7 @@ from delegate_function import (
 )
 from delegate_function.delegates import BaseDelegate
 from far import OTHER, Far, needed
+from stand_ins import program
 
 # The far side has no tests to import.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -75,11 +76,6 @@ def bin_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
     return directory
-
-
-def program(directory: Path, name: str, text: str) -> None:
-    (directory / name).write_text(f"#!/bin/bash\n{text}\n")
-    (directory / name).chmod(0o755)
 
 
 # sudo.

@@ -3,6 +3,7 @@
 What real agents and containers do is tested on the cluster.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -138,8 +139,9 @@ class Agent:
             done: dict[str, Any] = {}
             gone = threading.Thread(target=self._watch, args=(client, process))
             gone.start()
-            if packet := connection.recv(65536):
-                done = json.loads(packet)
+            with contextlib.suppress(ConnectionResetError):  # its client left, and it was killed
+                if packet := connection.recv(65536):
+                    done = json.loads(packet)
         process.wait(10)
         ended = {"type": "ended", "reason": reason, "exit_status": done.get("status"), "detail": "", "usage": USAGE}
         if not self.cancelled.is_set():
@@ -175,7 +177,7 @@ def chain(tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Base
         f"#!{sys.executable} -I\n"
         f"import sys; sys.path.insert(0, {str(SRC)!r})\n"
         "import functools, agent.call\n"
-        f"agent.call.call = functools.partial(agent.call.call, socket_path={str(agent.path)!r})\n"
+        f"agent.call.Call = functools.partial(agent.call.Call, socket_path={str(agent.path)!r})\n"
         "from delegate_function.hop import main\nmain()\n"
     )
     step.chmod(0o755)
@@ -283,7 +285,7 @@ def test_an_agent_that_goes_away_is_told(chain: BaseDelegate, agent: Agent) -> N
     with pytest.raises(HopFailed, match="agent went away"):
         chain.invoke(TestClass(), "hello")
     agent.stop()
-    with pytest.raises(HopFailed, match="agent cannot be asked"):
+    with pytest.raises(HopFailed, match=r"agent (is gone|cannot be asked)"):
         chain.invoke(TestClass(), "hello")
 
 

@@ -4,7 +4,6 @@ What real Slurm does is tested on the cluster.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from delegate_function import (
     TestClass,
     slurm,
 )
-
-SRC = Path(slurm.__file__).parents[1]
+from stand_ins import hop_program, program
 
 
 @pytest.fixture
@@ -38,22 +36,9 @@ def bin_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def program(directory: Path, name: str, text: str) -> None:
-    file = directory / name
-    file.write_text(f"#!/bin/bash\n{text}\n")
-    file.chmod(0o755)
-
-
 @pytest.fixture
 def hop(tmp_path: Path) -> str:
-    """Return a program that serves a hop with this checkout's package."""
-    file = tmp_path / "hop"
-    file.write_text(
-        f"#!{sys.executable} -I\nimport sys; sys.path.insert(0, {str(SRC)!r})\n"
-        "from delegate_function.hop import main\nmain()\n"
-    )
-    file.chmod(0o755)
-    return str(file)
+    return hop_program(tmp_path)
 
 
 RUN = 'while [[ $1 != -- ]]; do shift; done; shift; export SLURM_JOB_ID=17; exec "$@"'
