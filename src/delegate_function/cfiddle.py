@@ -34,7 +34,7 @@ from delegate_function.errors import (
     ResultNotReturned,
     also,
 )
-from delegate_function.experiment import Experiment, pack
+from delegate_function.experiment import OUTDATED, Experiment, pack
 from delegate_function.fingerprint import OversubscribedNode, UnlikeNodes, differences
 
 COLUMNS = (
@@ -43,9 +43,6 @@ COLUMNS = (
 )
 """What `execution_method(columns=…)` adds to the measurements of a run, where it is known."""
 
-_OUTDATED = "pkg_resources is deprecated as an API"
-# CFiddle 0.6.1 says so each time it is imported, and a call imports it where it runs.
-warnings.filterwarnings("ignore", message=_OUTDATED, category=UserWarning)
 _RUN = "from cfiddle.Runner import invoke_runner; invoke_runner()"
 
 _nodes: list[dict[str, Any]] = []
@@ -142,7 +139,8 @@ class ExecutionMethod:
         with also(CFiddleException):
             if not {"--runner", "--results"} <= options.keys():
                 raise ConfigurationError(f"cannot tell from {command} where CFiddle's runner is and its results belong")
-            results = self._run_there(runner) if steps.leaves(self.delegate.compile()) else self._run_here(options)
+            leaves = steps.leaves(self.delegate.compile())
+            results = self._run_there(runner) if leaves else self._run_here(options, runner)
         with open(options["--results"], "wb") as file:
             pickle.dump(results, file)
 
@@ -155,15 +153,15 @@ class ExecutionMethod:
             if "error" in said:
                 return _exception(*said["error"])
             if "no counters" in said:
-                failed, reason = said["no counters"]
-                raise CountersUnavailable(f"{failed} {reason}", where=info.where, reason=reason)
+                names, reason = said["no counters"]
+                raise _no_counters(names, reason, info)
             results = [_result(entry, runner, invocations) for entry in said["results"]]
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ResultNotReturned(f"what came back are no results of CFiddle's: {error}", where=info.where) from error
         _judge(info)
         return self._collected(results, runner, info)
 
-    def _run_here(self, options: dict[str, str]) -> Any:
+    def _run_here(self, options: dict[str, str], runner: Any) -> Any:
         """Do as CFiddle itself: in a process of its own, which a function that crashes takes down alone."""
         self.delegate.last_call = CallInfo()
         _run_in_process(options)
@@ -171,8 +169,9 @@ class ExecutionMethod:
             results = pickle.load(file)
         from cfiddle.perfcount import UnknownPerformanceCounter
 
-        if isinstance(results, UnknownPerformanceCounter) and (reason := counters.obstacle()):
-            raise CountersUnavailable(f"{results} {reason}", where=self.delegate.last_call.where, reason=reason)
+        names = {name for invocation in runner.get_invocations() for name in invocation.perf_counters}
+        if isinstance(results, UnknownPerformanceCounter) and (reason := counters.unavailable(names)):
+            raise _no_counters(sorted(names), reason, self.delegate.last_call)
         return results
 
     def _collected(self, results: list[Any], runner: Any, info: CallInfo) -> Any:
@@ -186,6 +185,10 @@ class ExecutionMethod:
         collected = runner._result_list_factory()
         collected.extend(results)
         return collected
+
+
+def _no_counters(names: list[str], reason: str, info: CallInfo) -> CountersUnavailable:
+    return CountersUnavailable(f"no counter {', '.join(names)} here, {reason}", where=info.where, reason=reason)
 
 
 def _exception(name: str, arguments: list[str]) -> Exception:
@@ -236,7 +239,7 @@ def _run_in_process(options: dict[str, str]) -> None:
         [
             sys.executable,
             "-W",
-            f"ignore:{_OUTDATED}:UserWarning",
+            f"ignore:{OUTDATED}:UserWarning",
             "-c",
             _RUN,
             "--runner",

@@ -11,6 +11,7 @@ import errno
 import os
 import platform
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 # linux/perf_event.h: types and configurations of events, and the flags disabled, exclude_kernel and exclude_hv.
@@ -23,13 +24,27 @@ _NUMBERS = {"x86_64": 298, "aarch64": 241}
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 
 
+def unavailable(events: Iterable[str]) -> str | None:
+    """Return why these counters, one of which could not be had, cannot be: "policy: …", "kernel: …" or "machine: …".
+
+    None where it is the name: one that this CPU does not have, or too many at once.
+    """
+    return obstacle() if all(map(is_known, events)) else None
+
+
 def obstacle() -> str | None:
-    """Return what keeps this process from hardware counters: "policy: …", "kernel: …" or "machine: …"; else None."""
+    """Return what keeps this process from hardware counters, if anything does."""
     # A software event needs no counter of the CPU's, so what is refused there is the policy's or the kernel's to allow.
     for kind, event in ((_SOFTWARE, _DUMMY), (_HARDWARE, _INSTRUCTIONS)):
         if error := _try(kind, event):
             return _explained(error)
     return None
+
+
+def is_known(event: str) -> bool:
+    """Return whether libpfm, from which cfiddle has its counters' names, knows one for this CPU."""
+    pfm = ctypes.CDLL("libpfm.so.4")
+    return int(pfm.pfm_initialize()) == 0 and int(pfm.pfm_find_event(event.encode())) >= 0
 
 
 def _explained(error: int) -> str:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from delegate_function import counters
 from delegate_function.errors import ConfigurationError
+
+OUTDATED = "pkg_resources is deprecated as an API"
+# CFiddle 0.6.1 says so each time it is imported, and a call imports it where it runs.
+warnings.filterwarnings("ignore", message=OUTDATED, category=UserWarning)
 
 
 def pack(runner: Any, invocations: list[Any]) -> dict[str, Any]:
@@ -88,8 +93,9 @@ class Experiment:
             try:
                 results = runner._delegated_run()
             except CFiddleException as error:
-                if isinstance(error, UnknownPerformanceCounter) and (reason := counters.obstacle()):
-                    return {"no counters": [str(error), reason]}
+                names = {name for invocation in runner.get_invocations() for name in invocation.perf_counters}
+                if isinstance(error, UnknownPerformanceCounter) and (reason := counters.unavailable(names)):
+                    return {"no counters": [sorted(names), reason]}
                 return {"error": [type(error).__name__, [str(argument) for argument in error.args]]}
         numbers = {id(invocation): number for number, invocation in enumerate(runner.get_invocations())}
         for result in results:

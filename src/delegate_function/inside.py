@@ -25,6 +25,7 @@ import tempfile
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -482,7 +483,8 @@ def _described(error: BaseException) -> dict[str, Any]:
 def package_version(name: str) -> str | None:
     """Return a package's version as it says itself, else as its installation does; nothing for none of either."""
     try:
-        version = getattr(importlib.import_module(name), "__version__", None)
+        with warnings.catch_warnings(action="ignore"):  # what a package says of itself is no news to the caller
+            version = getattr(importlib.import_module(name), "__version__", None)
     except Exception:
         return None
     if isinstance(version, str):

@@ -76,7 +76,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr(status.engine, "client", lambda: fake)
     monkeypatch.setattr(status.services, "is_manager", lambda: True)
-    agent = _service("slurm-stack_agent", f"{HOST}/a@sha256:2", env=(f"SANDBOX_IMAGE={HOST}/s@sha256:3",))
+    agent = _service(
+        "slurm-stack_agent", f"{HOST}/a@sha256:2", env=(f"SANDBOX_IMAGE={HOST}/s@sha256:3", "COMPILER_IMAGE=x")
+    )
     monkeypatch.setattr(status.services, "services", lambda: [agent])
     monkeypatch.setattr(
         status.services, "unhealthy", lambda: [name for name, state in fake.states.items() if state != "running"]
@@ -87,7 +89,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr(
         status.slurm, "jobs", lambda: [Job(str(n), "ada", "normal", "RUNNING", "0:01", "c1") for n in range(1, 31)]
     )
-    names = ("mysql", "cluster", "agent", "user", "registry", "sandbox")
+    names = ("mysql", "cluster", "agent", "user", "registry", "sandbox", "compiler")
     built = {name: f"cfiddle-{name}:00" for name in names} | {
         "agent": "cfiddle-agent:aa",
         "sandbox": "cfiddle-sandbox:bb",
