@@ -66,8 +66,6 @@ with open("secret.h", "w") as file:
     file.write("int the_secret;")
 os.mkdir("work"), os.chdir("work")
 said = []
-endless = '#define A(x) B(x) B(x)\\n#include __FILE__\\n'
-deep = "template<int N> struct F { static const int v = F<N-1>::v + F<N-2>::v + N * sizeof(F<N-1>); }; "
 for text, method in (
     ('#include "%s/secret.h"' % directory.name, build_method()),
     ('#include "/home/jovyan/.bashrc"', build_method()),
@@ -95,8 +93,8 @@ def test_counters_are_had_or_their_reason_is(cluster: LiveCluster) -> None:
     program = """
 with cfiddle_config(RunnerDelegate_type=execution_method(chain())):
     try:
-        rows = run(build(code(CODE)), "sum_up", arg_map(n=100000), perf_counters=["perf::INSTRUCTIONS"])[0].get_results()
-        print(json.dumps(["counted", int(rows[0]["perf::INSTRUCTIONS"])]))
+        results = run(build(code(CODE)), "sum_up", arg_map(n=100000), perf_counters=["perf::INSTRUCTIONS"])
+        print(json.dumps(["counted", int(results[0].get_results()[0]["perf::INSTRUCTIONS"])]))
     except CountersUnavailable as error:
         print(json.dumps([error.details["reason"], str(error)]))
 """

@@ -86,7 +86,8 @@ def test_included_files_and_further_sources_travel(user: Container) -> None:
 os.makedirs("here/lib"), os.mkdir("beside"), os.chdir("here")
 files = {"lib/a.h": '#include "../../beside/b.h"\\n', "../beside/b.h": "#define B 40\\n", "flags.txt": "-DF=2\\n",
          "lib/more.cpp": '#include "a.h"\\nextern "C" int more() { return B + F; }\\n',
-         "lib/main.cpp": '#include <a.h>\\nextern "C" int more();\\nextern "C" int main_one() {\\n return more();\\n}\\n'}
+         "lib/main.cpp": '#include <a.h>\\nextern "C" int more();\\n'
+                         'extern "C" int main_one() {\\n return more();\\n}\\n'}
 for name, text in files.items():
     open(name, "w").write(text)
 with cfiddle_config(Builder_type=build_method(here, inputs=["flags.txt"])):

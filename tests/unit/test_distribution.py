@@ -136,7 +136,7 @@ def test_machine_that_cannot_pull_gets_all_over_ssh_and_all_use_ids(
     references = distribute(head(), worker("c1"), worker("c2", "dial tcp 192.0.2.1:5000: connect: no route to host"))
     assert set(references.values()) == {f"sha256:cfiddle-{name}" for name, image in IMAGES.items() if image.roles}
     of_workers = [BUILT[name] for name in ("agent", "cluster", "compiler", "sandbox")]
-    assert copied == {name: of_workers for name in ("c1", "c2")}
+    assert copied == dict.fromkeys(("c1", "c2"), of_workers)
 
 
 def test_registry_that_cannot_be_reached_is_replaced_by_ssh(engine: FakeEngine, copied: dict[str, list[str]]) -> None:

@@ -76,9 +76,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr(status.engine, "client", lambda: fake)
     monkeypatch.setattr(status.services, "is_manager", lambda: True)
-    agent = _service(
-        "slurm-stack_agent", f"{HOST}/a@sha256:2", env=(f"SANDBOX_IMAGE={HOST}/s@sha256:3", "COMPILER_IMAGE=x")
-    )
+    agent = _service("slurm-stack_agent", f"{HOST}/a@sha256:2", env=(f"SANDBOX_IMAGE={HOST}/s@sha256:3",))
     monkeypatch.setattr(status.services, "services", lambda: [agent])
     monkeypatch.setattr(
         status.services, "unhealthy", lambda: [name for name, state in fake.states.items() if state != "running"]
