@@ -1,7 +1,6 @@
 """The administrator's commands. `./invoke --list` shows them, `./invoke --help TASK` explains one."""
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +188,7 @@ def test(cluster, only=""):  # noqa: PT028
     return checks.test(cluster.config, only.split())
 
 
-@cluster_task
-def benchmark(_cluster):
-    """Measure how long things take; prints medians and writes benchmarks/results.json."""
-    os.execv(sys.executable, [sys.executable, str(ROOT / "benchmarks" / "run.py")])
+@cluster_task(help={"which": "latency, fidelity, or cluster, which takes the cluster down and up several times"})
+def benchmark(cluster, which):
+    """Measure how long things take; prints medians and writes them and a picture to benchmarks/results."""
+    return checks.benchmark(cluster.config, which)

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from agent import wire
 
@@ -20,6 +20,7 @@ def main() -> None:
     """Read the command line and do what it says."""
     parser = argparse.ArgumentParser(prog="agent", description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 0 if the agent answers")
+    parser.add_argument("--list", action="store_true", help="print container, state, profile and job of each sandbox")
     parser.add_argument("--socket", type=Path, default=Path(wire.SOCKET), help="the agent's socket")
     parser.add_argument("--policy", type=Path, default=Path("/etc/cfiddle/policy.yaml"))
     parser.add_argument("--grants", type=Path, default=Path("/run/cfiddle-grants"))
@@ -29,19 +30,38 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         check(options.socket)
+    elif options.list:
+        show(options.socket)
     else:
         serve(options)
 
 
 def check(path: Path) -> None:
     """Ask the agent for a sign of life."""
+    [message] = ask(path, "ping", last="pong")
+    if message.get("type") != "pong":
+        sys.exit(f"the agent answers {message}")
+
+
+def show(path: Path) -> None:
+    """Print which sandboxes the agent has: container, state, profile and job (0 for none)."""
+    *sandboxes, last = ask(path, "list", last="end")
+    if last.get("type") != "end":
+        sys.exit(f"the agent answers {last}")
+    for found in sandboxes:
+        print(found["container"], found["state"], found["profile"], (found["holder"] or {}).get("job", 0))
+
+
+def ask(path: Path, kind: str, *, last: str) -> list[dict[str, Any]]:
+    """Return the agent's answers to a plain question, up to the last one or a refusal."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(10)
         connection.connect(os.fspath(path))
-        wire.send(connection, {"v": wire.VERSION, "type": "ping"})
-        message, _ = wire.receive(connection)
-    if message.get("type") != "pong":
-        sys.exit(f"the agent answers {message}")
+        wire.send(connection, {"v": wire.VERSION, "type": kind})
+        answers = [wire.receive(connection)[0]]
+        while answers[-1].get("type") not in (last, "refused"):
+            answers.append(wire.receive(connection)[0])
+        return answers
 
 
 def serve(options: argparse.Namespace) -> NoReturn:
@@ -66,7 +86,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
         sandboxes = Sandboxes(Engine(options.engine), options.sandboxes, cgroups=options.cgroups)
         swept = sandboxes.sweep()
         for profile in policy.profiles.values():
-            sandboxes.image_id(profile)
+            sandboxes.check_image(profile)
         server = Server(options.socket, policy=policy, grants=Grants(options.grants), sandboxes=sandboxes)
     except (PolicyError, EngineError, OSError) as error:
         sys.exit(f"error: {error}")

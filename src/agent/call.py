@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # the module `typing` takes longer to load than all of th
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["SOCKET", "Call", "Ended", "Refused", "hold"]
+__all__ = ["SOCKET", "Call", "Ended", "Hold", "Refused", "hold"]
 
 _CONNECT_S = 1.0
 
@@ -67,17 +67,9 @@ class Call:
             OSError: there is no agent to speak to.
         """
         self.id = os.urandom(16).hex()
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._connection.settimeout(_CONNECT_S)
-            self._connection.connect(socket_path)
-            request = {"id": self.id, "job": job, "profile": profile, "seconds": seconds, "memory_mb": memory_mb}
-            message = {"v": wire.VERSION, "type": "call", **request}
-            wire.send(self._connection, message, (channel.fileno(), stdout, stderr))
-            self._connection.settimeout(None)
-        except BaseException:
-            self._connection.close()
-            raise
+        request = {"id": self.id, "job": job, "profile": profile, "seconds": seconds, "memory_mb": memory_mb}
+        self._connection = _ask("call", request, socket_path, (channel.fileno(), stdout, stderr))
+        self._connection.settimeout(None)
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when the agent has something to say."""
@@ -103,26 +95,56 @@ class Call:
         self._connection.close()
 
 
-def hold(*, job: int, socket_path: str = SOCKET) -> socket.socket:
-    """Tell the agent that the machine is quiet between the calls of a job, until the returned socket is closed.
+class Hold:
+    """A job that measures by its calls alone; to close it is to say that this is so no longer."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        connection.setblocking(False)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the agent has ended it: it was restarted, or the job is over."""
+        try:
+            self._connection.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        """Give it up."""
+        self._connection.close()
+
+
+def hold(*, job: int, socket_path: str = SOCKET) -> Hold:
+    """Tell the agent that a job of the user's measures by its calls alone, so that it may work between them.
 
     Raises:
-        Refused: the user has no such job here.
+        Refused: the user has no such job on this machine, or it is held already.
         OSError: there is no agent to speak to.
     """
+    connection = _ask("lease", {"job": job}, socket_path)
+    try:
+        answer, _ = wire.receive(connection)
+        if answer.get("type") == "refused":
+            raise Refused(str(answer["code"]), str(answer["message"]))
+        return Hold(connection)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, EOFError):
+            raise ConnectionError("the agent went away") from error
+        raise
+
+
+def _ask(kind: str, request: dict[str, Any], path: str, descriptors: tuple[int, ...] = ()) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(_CONNECT_S)
-        connection.connect(socket_path)
-        wire.send(connection, {"v": wire.VERSION, "type": "lease", "job": job})
-        message, _ = wire.receive(connection)
-    except EOFError as error:
-        connection.close()
-        raise ConnectionError("the agent went away") from error
+        connection.connect(path)
+        wire.send(connection, {"v": wire.VERSION, "type": kind, **request}, descriptors)
     except BaseException:
         connection.close()
         raise
-    if message.get("type") == "refused":
-        connection.close()
-        raise Refused(str(message["code"]), str(message["message"]))
     return connection

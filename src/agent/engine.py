@@ -52,6 +52,10 @@ class Engine:
         """Start a created container."""
         self._request("POST", f"/containers/{container}/start")
 
+    def update(self, container: str, limits: dict[str, Any]) -> None:
+        """Put other limits of memory and CPUs in force in a container that runs."""
+        self._request("POST", f"/containers/{container}/update", limits)
+
     def inspect(self, container: str) -> dict[str, Any]:
         """Return a container's state and configuration."""
         return dict(self._request("GET", f"/containers/{container}/json"))

@@ -33,6 +33,15 @@ class Grants:
         self._directory = directory
         self._owner = owner
 
+    def all(self) -> dict[int, Grant]:
+        """Return the grants of all jobs on this machine."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return {}
+        found = {int(name): self.find(int(name)) for name in names if name.isascii() and name.isdigit()}
+        return {job: grant for job, grant in found.items() if grant}
+
     def find(self, job: int) -> Grant | None:
         """Return the grant for a job; None if there is none, or what is there is no grant."""
         try:

@@ -6,6 +6,7 @@ not start.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -57,13 +58,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Mount:
+    """A directory or file of the machine's that a sandbox may read."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Profile:
-    """One kind of sandbox."""
+    """One kind of sandbox.
+
+    Attributes:
+        pool: how many wait for calls.
+        counters: whether hardware counters may be asked for.
+    """
 
     name: str
     image: str
     command: tuple[str, ...]
     limits: Limits
+    pool: int = 0
+    counters: bool = False
+    mounts: tuple[Mount, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,9 +92,9 @@ class Policy:
     profiles: Mapping[str, Profile]
 
 
-# The least and the most that each limit may be. A sandbox with cfiddle imported has 90 MB and some ten threads.
+# The least and the most that each limit may be. A sandbox with cfiddle imported has 90 MB.
 _RANGES = {
-    "memory_mb": (64, 2**24),
+    "memory_mb": (128, 2**24),
     "processes": (16, 2**15),
     "open_files": (64, 2**20),
     "file_mb": (1, 2**20),
@@ -86,6 +103,13 @@ _RANGES = {
     "output_mb": (1, 1024),
 }
 MIN_MEMORY_MB = _RANGES["memory_mb"][0]
+_MAX_POOL = 256
+
+# What no sandbox may see, nor anything that it lies in: the kernel's files, sockets (the engine's among them), and what
+# the engine and the agent keep.
+_CLOSED_SOURCES = ("/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker", "/var/lib/containerd")
+# Where a sandbox has something of its own already.
+_TAKEN_TARGETS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,14 +171,60 @@ def _profile(name: object, value: object, images: Mapping[str, str]) -> Profile:
     if not isinstance(name, str) or not _PROFILE_NAME.fullmatch(name):
         raise PolicyError(f"profile {name!r}: a name has up to 32 of a-z, 0-9, - and _")
     where = f"profiles.{name}"
-    entry = _mapping(value, where, required={"command", "limits"}, optional={"image"})
+    optional = {"image", "pool", "counters", "mounts", "network"}
+    entry = _mapping(value, where, required={"command", "limits"}, optional=optional)
     image = entry.get("image", SANDBOX)
     if not isinstance(image, str) or not _IMAGE.fullmatch(image):
         raise PolicyError(f"{where}.image is {image!r}, not an image's reference")
     command = entry["command"]
     if not isinstance(command, list) or not command or not all(isinstance(word, str) and word for word in command):
         raise PolicyError(f"{where}.command must be a list of words")
-    return Profile(name, images.get(image, image), tuple(command), _limits(entry["limits"], f"{where}.limits"))
+    counters = entry.get("counters", False)
+    if type(counters) is not bool:
+        raise PolicyError(f"{where}.counters is {counters!r}, neither true nor false")
+    if entry.get("network", "none") != "none":
+        raise PolicyError(f"{where}.network is {entry['network']!r}; a sandbox has none")
+    return Profile(
+        name,
+        images.get(image, image),
+        tuple(command),
+        _limits(entry["limits"], f"{where}.limits"),
+        pool=_whole(entry.get("pool", 0), f"{where}.pool", 0, _MAX_POOL),
+        counters=counters,
+        mounts=_mounts(entry.get("mounts", []), f"{where}.mounts"),
+    )
+
+
+def _mounts(value: object, where: str) -> tuple[Mount, ...]:
+    if not isinstance(value, list):
+        raise PolicyError(f"{where} must be a list")
+    mounts: list[Mount] = []
+    for number, item in enumerate(value):
+        entry = _mapping(item, f"{where}[{number}]", required={"source", "target"})
+        source = _path(entry["source"], f"{where}[{number}].source", _CLOSED_SOURCES)
+        target = _path(entry["target"], f"{where}[{number}].target", _TAKEN_TARGETS)
+        if any(_overlap(target, mount.target) for mount in mounts):
+            raise PolicyError(f"{where}[{number}].target {target!r} is another mount's, or in it")
+        mounts.append(Mount(source, target))
+    return tuple(mounts)
+
+
+def _path(value: object, where: str, closed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not value.startswith("/"):
+        raise PolicyError(f"{where} is {value!r}, not an absolute path")
+    # Two slashes at the start are left alone by normpath.
+    if value != os.path.normpath(value) or value.startswith("//"):
+        raise PolicyError(f"{where} is {value!r}; written plainly it is {os.path.normpath(value).replace('//', '/')!r}")
+    for path in closed:
+        if _overlap(value, path):
+            raise PolicyError(f"{where} is {value!r}: what is in {path} cannot be mounted, nor over it")
+    return value
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether one of two paths lies in the other, or they are the same."""
+    first, second = (path.rstrip("/") + "/" for path in (one, other))
+    return first.startswith(second) or second.startswith(first)
 
 
 def _limits(value: object, where: str) -> Limits:

@@ -1,12 +1,13 @@
 """Sandboxes: containers of one fixed shape, each of which serves one call and is destroyed.
 
-A sandbox is made, boots until its process has connected to the agent and is ready, serves one call, and is gone. It
-hangs on that connection: its first process ends when the agent does.
+A sandbox is made, started, boots until its process has connected to the agent and is ready, serves one call, and is
+gone. It hangs on that connection: its first process ends when the agent does.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import logging
 import os
@@ -19,11 +20,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent import seccomp, usage, wire
 from agent.engine import Engine, EngineError
-from agent.policy import Limits, Profile
+from agent.policy import Limits, Mount, Profile
 
 UID = 65533
 LABEL = "cfiddle.sandbox"
@@ -31,6 +32,7 @@ _INSIDE = "/run/cfiddle"
 _SOCKET = "sandbox.sock"
 _LOOK_S = 0.5
 _DEATH_S = 5.0
+_CREATE_S = 5.0
 
 log = logging.getLogger("agent")
 
@@ -39,8 +41,10 @@ class State(enum.Enum):
     """Where a sandbox is in its one life."""
 
     MADE = "made"
+    CONNECTED = "connected"
     READY = "ready"
     SERVING = "serving"
+    SERVED = "served"
     GONE = "gone"
 
 
@@ -58,7 +62,6 @@ def configuration(
     limits: Limits,
     cpus: str,
     socket_directory: str,
-    labels: dict[str, str],
     cgroup_parent: str,
     seccomp_profile: str,
 ) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def configuration(
         "WorkingDir": "/tmp",
         "Hostname": "sandbox",
         "NetworkDisabled": True,
-        "Labels": {"cfiddle.cluster": "cfiddle", LABEL: "1", **labels},
+        "Labels": {"cfiddle.cluster": "cfiddle", LABEL: "1"},
         "HostConfig": {
             "AutoRemove": False,
             "Binds": [f"{socket_directory}:{_INSIDE}:ro"],
@@ -92,6 +95,7 @@ def configuration(
             "LogConfig": {"Type": "none"},
             "Memory": memory,
             "MemorySwap": memory,  # memory and swap together
+            "Mounts": [_bind(mount) for mount in profile.mounts],
             "NetworkMode": "none",
             "OomKillDisable": False,
             "PidsLimit": limits.processes,
@@ -105,58 +109,143 @@ def configuration(
     }
 
 
+def _bind(mount: Mount) -> dict[str, Any]:
+    # Read-only holds for the one file system: what is mounted below its source stays out.
+    options = {"NonRecursive": True, "Propagation": "rprivate"}
+    return {"Type": "bind", "Source": mount.source, "Target": mount.target, "ReadOnly": True, "BindOptions": options}
+
+
+class Holder(NamedTuple):
+    """Whose call a sandbox serves."""
+
+    call: str
+    job: int
+    uid: int
+
+
 class Sandbox:
-    """One sandbox; `connection` is the socket to its first process once it is ready."""
+    """One sandbox.
+
+    Attributes:
+        container: its id.
+        profile, limits, cpus: what it was made for, and what is in force.
+        holder: whose call it has been given.
+        image: the digest of its image, once it has started.
+        counters: 0 if its process could open a hardware counter, else the error's number; None where it did not say.
+        connection: the socket to its first process, once that has connected; before, the one that waits for it.
+    """
 
     def __init__(
-        self, engine: Engine, container: str, limits: Limits, listener: socket.socket, cgroup: usage.Cgroup
+        self,
+        engine: Engine,
+        cgroups: Path,
+        container: str,
+        listener: socket.socket,
+        *,
+        profile: Profile,
+        limits: Limits,
+        cpus: str,
     ) -> None:
         self.container = container
+        self.profile = profile
         self.limits = limits
+        self.cpus = cpus
         self.state = State.MADE
+        self.holder: Holder | None = None
+        self.image = ""
+        self.counters: int | None = None
         self.connection = listener
-        self.cgroup = cgroup
         self._engine = engine
+        self._cgroups = cgroups
 
-    def wait_until_ready(self, *, timeout_s: float, waiter: socket.socket | None = None) -> None:
-        """Wait until its process has said that it is ready.
+    @functools.cached_property
+    def cgroup(self) -> usage.Cgroup:
+        """Its control group; to be asked for once it has started."""
+        return usage.Cgroup(self._cgroups, self.container)
+
+    def start(self) -> None:
+        """Start it; an EngineError if that fails."""
+        self._engine.start(self.container)
+        self.image = str(self._engine.inspect(self.container)["Image"])
+
+    def wait_until_ready(self, *, timeout_s: float, wake: int) -> bool:
+        """Wait until its process has said that it is ready, or something else happens; then one may wait again.
 
         Args:
-            waiter: whoever waits for it; the wait ends when that connection is closed.
+            wake: a descriptor; the wait ends when it becomes readable.
+
+        Returns:
+            Whether the sandbox is ready.
 
         Raises:
             SandboxError: it is not ready in time, or ends, or speaks otherwise.
-            Abandoned: nobody waits any more.
         """
         deadline = time.monotonic() + timeout_s
-        self._await(deadline, waiter)
-        listener, self.connection = self.connection, self.connection.accept()[0]
-        listener.close()
-        self._await(deadline, waiter)
-        try:
-            message, _ = wire.receive(self.connection)
-        except (EOFError, OSError, wire.Refused) as error:
-            raise SandboxError(f"its process spoke otherwise than it should: {error}") from error
-        if message != {"type": "ready"}:
-            raise SandboxError("its process did not say that it is ready")
-        self.state = State.READY
-
-    def _await(self, deadline: float, waiter: socket.socket | None) -> None:
-        poller = select.poll()
-        poller.register(self.connection, select.POLLIN)
-        if waiter:
-            poller.register(waiter, select.POLLIN)
-        while True:
+        while self.state is not State.READY:
+            poller = select.poll()
+            poller.register(self.connection, select.POLLIN)
+            poller.register(wake, select.POLLIN)
             ready = [fd for fd, _ in poller.poll(_LOOK_S * 1000)]
-            if waiter and waiter.fileno() in ready:
-                raise Abandoned
+            if wake in ready:
+                return False
             if ready:
-                return
+                self._boot()
+                continue
             if time.monotonic() > deadline:
                 raise SandboxError("its process was not ready in time")
             state = self._engine.inspect(self.container)["State"]
             if not state["Running"]:
                 raise SandboxError(f"its process ended with status {state['ExitCode']} before it was ready")
+        return True
+
+    def _boot(self) -> None:
+        if self.state is State.MADE:
+            listener, self.connection = self.connection, self.connection.accept()[0]
+            listener.close()
+            self.state = State.CONNECTED
+            return
+        try:
+            message, _ = wire.receive(self.connection)
+        except (EOFError, OSError, wire.Refused) as error:
+            raise SandboxError(f"its process spoke otherwise than it should: {error}") from error
+        if message.get("type") != "ready":
+            raise SandboxError("its process did not say that it is ready")
+        counters = message.get("counters")
+        self.counters = counters if type(counters) is int else None
+        self.state = State.READY
+
+    def is_well(self) -> bool:
+        """Return whether it waits for its call; one whose process has ended, or speaks unasked, does not."""
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        return self.state is State.READY and not poller.poll(0)
+
+    def freeze(self) -> None:
+        """Let none of its processes run until `thaw`; a SandboxError where that cannot be had."""
+        try:
+            self.cgroup.freeze()
+        except OSError as error:
+            raise SandboxError(f"it cannot be made to stand still: {error}") from error
+
+    def thaw(self) -> None:
+        """Let its processes run again."""
+        self.cgroup.thaw()
+
+    def lower(self, limits: Limits, cpus: str) -> None:
+        """Put other limits in force: of seconds and memory, and of CPUs.
+
+        Raises:
+            EngineError: the engine does not do it; less memory than is in use cannot be had.
+        """
+        memory = limits.memory_mb * 2**20
+        changes: dict[str, Any] = {}
+        if limits.memory_mb != self.limits.memory_mb:
+            changes.update(Memory=memory, MemorySwap=memory)
+        if cpus != self.cpus:
+            changes.update(CpusetCpus=cpus)
+        if changes:
+            self._engine.update(self.container, changes)
+        self.limits, self.cpus = limits, cpus
 
     def hand_over(self, descriptors: Sequence[int]) -> None:
         """Give it its one call: the descriptors over which the call comes, and its output goes.
@@ -192,10 +281,12 @@ class Sandbox:
     def autopsy(self) -> tuple[int, bool]:
         """Return the status of its first process, which ended by itself, and whether memory was the reason."""
         status = self._engine.wait(self.container)
+        self.state = State.SERVED
         return status, bool(self._engine.inspect(self.container)["State"]["OOMKilled"])
 
     def kill(self) -> None:
         """Kill all its processes and wait until they are dead."""
+        self.thaw()
         try:
             self._engine.kill(self.container)
         except EngineError as error:
@@ -209,6 +300,7 @@ class Sandbox:
             except wire.Refused:
                 continue
             except (EOFError, OSError):
+                self.state = State.SERVED
                 return
 
 
@@ -230,23 +322,26 @@ class Sandboxes:
         self._host_directory = _on_the_machine(engine, directory)
         self._cgroups = cgroups
         self._cgroup_parent = usage.parent(str(engine.info()["CgroupDriver"]))
-        self._seccomp = json.dumps(seccomp.profile(platform.machine()), separators=(",", ":"))
-        self._lock = threading.Lock()
+        self._seccomp = {
+            counters: json.dumps(seccomp.profile(platform.machine(), counters=counters), separators=(",", ":"))
+            for counters in (False, True)
+        }
+        self._lock = threading.Condition()
         self._making = 0
-        self._live: dict[str, Path] = {}
+        self._closed = False
+        self._live: dict[str, tuple[Sandbox, Path]] = {}
         self._left = threading.Event()
         threading.Thread(target=self._tidy, name="tidy", daemon=True).start()
 
-    def image_id(self, profile: Profile) -> str:
-        """Return the digest of a profile's image; raise EngineError if this machine lacks it."""
-        return str(self._engine.image(profile.image)["Id"])
+    def check_image(self, profile: Profile) -> None:
+        """Raise EngineError if this machine lacks a profile's image."""
+        self._engine.image(profile.image)
 
-    def make(self, profile: Profile, limits: Limits, *, cpus: str, labels: dict[str, str]) -> Sandbox:
-        """Create and start a sandbox.
+    def create(self, profile: Profile, limits: Limits, *, cpus: str) -> Sandbox:
+        """Make a sandbox that is still to be started.
 
         Args:
             cpus: as in "0-3,8"; "" for all.
-            labels: what its container is labelled with beside what all are.
 
         Raises:
             EngineError: the engine does not make it.
@@ -255,6 +350,8 @@ class Sandboxes:
         identifier = os.urandom(16).hex()
         directory = self._directory / identifier
         with self._lock:
+            if self._closed:
+                raise SandboxError("the agent ends")
             self._making += 1
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -267,15 +364,16 @@ class Sandboxes:
                 limits=limits,
                 cpus=cpus,
                 socket_directory=f"{self._host_directory}/{identifier}",
-                labels=labels,
                 cgroup_parent=self._cgroup_parent,
-                seccomp_profile=self._seccomp,
+                seccomp_profile=self._seccomp[profile.counters],
             )
             container = self._engine.create(f"cfiddle-sandbox-{identifier}", wanted)
-            self._engine.start(container)
+            sandbox = Sandbox(
+                self._engine, self._cgroups, container, listener, profile=profile, limits=limits, cpus=cpus
+            )
             with self._lock:
-                self._live[container] = directory
-            return Sandbox(self._engine, container, limits, listener, usage.Cgroup(self._cgroups, container))
+                self._live[container] = sandbox, directory
+            return sandbox
         except BaseException as error:
             listener.close()
             self._left.set()
@@ -285,19 +383,26 @@ class Sandboxes:
         finally:
             with self._lock:
                 self._making -= 1
+                self._lock.notify_all()
 
     def destroy(self, sandbox: Sandbox) -> None:
         """End a sandbox with all its processes and remove it; what the engine cannot do now is done later."""
+        sandbox.thaw()
         sandbox.state = State.GONE
         sandbox.connection.close()
         with self._lock:
-            directory = self._live.pop(sandbox.container)
+            _, directory = self._live.pop(sandbox.container)
         shutil.rmtree(directory, ignore_errors=True)
         try:
             self._engine.remove(sandbox.container)
         except EngineError as error:
             log.warning("sandbox %.12s cannot be removed yet: %s", sandbox.container, error)
             self._left.set()
+
+    def held(self) -> list[Sandbox]:
+        """Return all sandboxes that are there."""
+        with self._lock:
+            return [sandbox for sandbox, _ in self._live.values()]
 
     def sweep(self) -> int:
         """Remove every sandbox that nobody here holds; return how many there were.
@@ -310,8 +415,9 @@ class Sandboxes:
             if self._making:
                 raise EngineError(0, "a sandbox is being made")
             strays = [container for container in found if container not in self._live]
-            kept = {directory.name for directory in self._live.values()}
+            kept = {directory.name for _, directory in self._live.values()}
         for container in strays:
+            usage.Cgroup(self._cgroups, container).thaw()  # an agent that was killed may have left it frozen
             self._engine.remove(container)
         for directory in self._directory.iterdir():
             if directory.name not in kept:
@@ -319,10 +425,13 @@ class Sandboxes:
         return len(strays)
 
     def destroy_all(self) -> None:
-        """End and remove all sandboxes, those that serve too."""
+        """Make no more sandboxes; end and remove all, those that serve too."""
         with self._lock:
+            self._closed = True
+            self._lock.wait_for(lambda: not self._making, _CREATE_S)
             live = list(self._live)
         for container in live:
+            usage.Cgroup(self._cgroups, container).thaw()
             self._engine.kill(container)
         for container in live:
             self._engine.remove(container)

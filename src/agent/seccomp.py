@@ -55,17 +55,28 @@ _NAMESPACES = 0x7E020080
 # personality(2): the plain one, and to ask which it is.
 _PERSONALITIES = (0, 0xFFFFFFFF)
 _ENOSYS = 38
+# perf_event_open(2): of oneself (pid 0), and no other flag than that the descriptor closes at exec, so of no control
+# group. Arguments are C's int: what stands in the upper half of their registers means nothing.
+_INT = 0xFFFFFFFF
+_PERF_PID, _PERF_FLAGS = 1, 4
+_NOT_CLOEXEC = 0xFFFFFFFFFFFFFFFF & ~8
 # Engine's name of the machine's architecture, by that of uname.
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 
 
-def profile(machine: str) -> dict[str, Any]:
-    """Return the profile as the engine takes it, for a machine as `uname -m` names it."""
+def profile(machine: str, *, counters: bool) -> dict[str, Any]:
+    """Return the profile as the engine takes it.
+
+    Args:
+        machine: as `uname -m` names it.
+        counters: allow a process to open performance counters of itself; the kernel's setting decides as well.
+    """
     rules: list[dict[str, Any]] = [_rule(_ALLOWED)]
     rules += [_rule(("socket",), _argument(0, family)) for family in _FAMILIES]
     rules += [_rule(("personality",), _argument(0, value)) for value in _PERSONALITIES]
-    masked = {"index": 0, "value": _NAMESPACES, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
-    rules.append(_rule(("clone",), masked))
+    rules.append(_rule(("clone",), _without(0, _NAMESPACES)))
+    if counters:
+        rules.append(_rule(("perf_event_open",), _without(_PERF_PID, _INT), _without(_PERF_FLAGS, _NOT_CLOEXEC)))
     # Its flags lie in memory, where no filter sees them. At "not implemented" the C library uses clone.
     rules.append({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS})
     return {
@@ -81,3 +92,7 @@ def _rule(names: tuple[str, ...], *arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _argument(index: int, value: int) -> dict[str, Any]:
     return {"index": index, "value": value, "op": "SCMP_CMP_EQ"}
+
+
+def _without(index: int, bits: int) -> dict[str, Any]:
+    return {"index": index, "value": bits, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}

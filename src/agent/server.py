@@ -20,12 +20,13 @@ from agent import node, wire
 from agent.engine import EngineError
 from agent.grants import Grant, Grants
 from agent.policy import MIN_MEMORY_MB, Policy, Profile
-from agent.request import CallRequest, call_request
-from agent.sandboxes import Abandoned, Sandbox, SandboxError, Sandboxes
+from agent.pool import Pool
+from agent.quiet import Quiet
+from agent.request import CallRequest, call_request, lease_request
+from agent.sandboxes import Abandoned, Holder, Sandbox, SandboxError, Sandboxes, State
 from agent.usage import Reading
 
 _REQUEST_S = 5.0
-_BOOT_S = 30.0
 _LOOK_S = 0.5
 _CONNECTIONS_PER_USER = 64
 
@@ -48,6 +49,8 @@ class Server:
         self._policy = policy
         self._grants = grants
         self._sandboxes = sandboxes
+        self._quiet = Quiet(grants)
+        self._pool = Pool(sandboxes, grants, self._quiet, policy.profiles.values())
         self._closing = False
         self._lock = threading.Lock()
         self._connections: Counter[int] = Counter()
@@ -74,6 +77,7 @@ class Server:
         """End all calls and remove their sandboxes."""
         self._closing = True
         self._listener.close()
+        self._pool.close()
         self._sandboxes.destroy_all()
 
     def _serve(self, connection: socket.socket, uid: int) -> None:
@@ -105,29 +109,53 @@ class Server:
             wire.send(connection, {"type": "pong", "versions": list(wire.VERSIONS), "profiles": profiles})
         elif message.get("type") == "call":
             self._call(connection, uid, call_request(message), descriptors)
+        elif message.get("type") == "lease":
+            self._lease(connection, uid, lease_request(message))
+        elif message.get("type") == "list":
+            self._list(connection, uid)
         else:
-            raise wire.Refused("field", "type is neither call nor ping")
+            raise wire.Refused("field", "type is none of call, lease, list, ping")
 
     def _call(self, connection: socket.socket, uid: int, request: CallRequest, descriptors: list[int]) -> None:
-        grant = self._grants.find(request.job)
-        if grant is None or grant.uid != uid:
-            raise wire.Refused("job", f"user {uid} has no job {request.job} on {os.uname().nodename}")
+        grant = self._grant(uid, request.job)
         profile = self._profile(request)
         check_descriptors(descriptors)
         with self._slot(uid):
+            limits = profile.limits.lowered(request.seconds, request.memory_mb)
             cpus = profile.limits.cpus_in(grant.cpus)
-            fingerprint = node.fingerprint(cpus=cpus, image=self._sandboxes.image_id(profile))
-            sandbox = self._sandboxes.make(
-                profile,
-                profile.limits.lowered(request.seconds, request.memory_mb),
-                cpus=cpus,
-                labels={"cfiddle.call": request.id, "cfiddle.job": str(request.job), "cfiddle.uid": str(uid)},
-            )
+            sandbox = self._pool.take(profile, limits, cpus=cpus, waiter=connection)
+            sandbox.holder = Holder(request.id, request.job, uid)
             try:
-                sandbox.wait_until_ready(timeout_s=_BOOT_S, waiter=connection)
-                self._run(connection, request, grant, sandbox, fingerprint, descriptors)
+                with self._quiet.broken():
+                    self._run(connection, request, grant, sandbox, descriptors)
             finally:
-                self._sandboxes.destroy(sandbox)
+                self._pool.take_back(sandbox, request.job, grant)
+
+    def _lease(self, connection: socket.socket, uid: int, job: int) -> None:
+        """Hold a lease as long as its connection and its job last."""
+        grant = self._grant(uid, job)
+        with self._quiet.lease(job, grant):
+            wire.send(connection, {"type": "held"})
+            poller = select.poll()
+            poller.register(connection, select.POLLIN)
+            while not poller.poll(_LOOK_S * 1000) and self._grants.find(job) == grant:
+                pass
+
+    def _list(self, connection: socket.socket, uid: int) -> None:
+        """Tell root which sandboxes there are, a packet for each."""
+        if uid != 0:
+            raise wire.Refused("user", "only root may ask which sandboxes there are")
+        for sandbox in self._sandboxes.held():
+            holder = sandbox.holder
+            told = {"container": sandbox.container, "state": sandbox.state.value, "profile": sandbox.profile.name}
+            wire.send(connection, {"type": "sandbox", **told, "holder": holder and holder._asdict()})
+        wire.send(connection, {"type": "end"})
+
+    def _grant(self, uid: int, job: int) -> Grant:
+        grant = self._grants.find(job)
+        if grant is None or grant.uid != uid:
+            raise wire.Refused("job", f"user {uid} has no job {job} on {os.uname().nodename}")
+        return grant
 
     def _profile(self, request: CallRequest) -> Profile:
         profile = self._policy.profiles.get(request.profile)
@@ -144,7 +172,6 @@ class Server:
         request: CallRequest,
         grant: Grant,
         sandbox: Sandbox,
-        fingerprint: dict[str, Any],
         descriptors: list[int],
     ) -> None:
         limits = sandbox.limits
@@ -159,6 +186,9 @@ class Server:
             "processes": limits.processes,
             "output_mb": limits.output_mb,
         }
+        fingerprint = node.fingerprint(
+            cpus=sandbox.cpus, image=sandbox.image, counters=node.counters(sandbox.profile, sandbox.counters)
+        )
         started = {"type": "started", "container": sandbox.container, "limits": in_force, "node": fingerprint}
         _tell(connection, started)
         ending = self._watch(connection, request, grant, sandbox, began + limits.seconds)
@@ -172,8 +202,8 @@ class Server:
         known = {"reason": ending.reason, "exit_status": ending.exit_status, "detail": ending.detail}
         _tell(connection, {"type": "ended", **known, "usage": used, "node": fingerprint})
         log.info(
-            "call %s of user %d, job %d: %s %s after %.3f s%s",
-            *(request.id, grant.uid, request.job, ending.reason, ending.exit_status, wall_s),
+            "call %s of user %d, job %d, in %.12s: %s %s after %.3f s%s",
+            *(request.id, grant.uid, request.job, sandbox.container, ending.reason, ending.exit_status, wall_s),
             f" ({ending.detail})" if ending.detail else "",
         )
 
@@ -216,7 +246,9 @@ class Server:
         except SandboxError as error:
             return self._end(sandbox, "error", str(error))
         reading = sandbox.cgroup.read()
-        if reading.processes != 1:  # its first process waits; what else there is was left running
+        if reading.processes == 1:  # its first process, which waits
+            sandbox.state = State.SERVED
+        else:  # something was left running
             sandbox.kill()
         reason, detail = "exited", ""
         if reading.oom_kills:

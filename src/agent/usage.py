@@ -1,10 +1,11 @@
-"""What a sandbox used and which limit it ran into, read from its control group (versions 1 and 2).
+"""A sandbox's control group (versions 1 and 2): what was used, which limit was run into, and how to hold it still.
 
 The group lives as long as a process in it: it is read while the sandbox's first process still waits to be destroyed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Cgroup:
         self._unified = (root / "cgroup.controllers").exists()
         self._controllers = {
             controller: next((path for name in names if (path := base / name).is_dir()), None)
-            for controller in ("memory", "pids", "cpuacct")
+            for controller in ("memory", "pids", "cpuacct", "freezer")
             for base in [root if self._unified else root / controller]
         }
 
@@ -59,6 +60,27 @@ class Cgroup:
             refused_forks=self._table("pids", "pids.events").get("max", 0),
             processes=self._number("pids", "pids.current"),
         )
+
+    def freeze(self) -> None:
+        """Let none of its processes run until `thaw`; an OSError where that cannot be had.
+
+        The engine's own `pause` does the same by a program that takes 20 ms of a core, which then measures nothing.
+        """
+        self._set_frozen(True)
+
+    def thaw(self) -> None:
+        """Let its processes run again; a group that is gone is as it should be."""
+        with contextlib.suppress(FileNotFoundError):
+            self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        group = self._controllers["freezer"]
+        if group is None:
+            raise FileNotFoundError("its control group cannot be frozen, or is gone")
+        if self._unified:
+            (group / "cgroup.freeze").write_text(str(int(frozen)))
+        else:
+            (group / "freezer.state").write_text("FROZEN" if frozen else "THAWED")
 
     def _times(self) -> tuple[float | None, float | None]:
         if self._unified:

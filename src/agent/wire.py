@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
-VERSION = 1
-VERSIONS = (1,)
+VERSION = 2
+VERSIONS = (2,)
 SOCKET = "/run/cfiddle-agent/agent.sock"
 MAX_PACKET = 64 * 1024
 DESCRIPTORS = ("channel", "stdout", "stderr")

@@ -15,7 +15,9 @@ from packaging.utils import canonicalize_name
 
 from cfiddle_cluster import packages
 from cfiddle_cluster.config import Config
+from cfiddle_cluster.errors import ClusterError
 
+BENCHMARKS = ("latency", "fidelity", "cluster")
 SOURCES = ("src", "tests", "benchmarks", "tasks.py", "test_cfiddle.py")
 
 # What `docker stack deploy` ignores with a warning or without one, and what it rejects:
@@ -61,6 +63,14 @@ def test(config: Config, arguments: Sequence[str]) -> int:
     sys.stdout.flush()
     argv = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(argv, cwd=config.root, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+
+
+def benchmark(config: Config, which: str) -> int:
+    """Run one of the benchmarks on the cluster that is up; return its exit status."""
+    if which not in BENCHMARKS:
+        raise ClusterError(f"there is no benchmark {which!r}", f"./invoke benchmark {'|'.join(BENCHMARKS)}")
+    argv = [sys.executable, str(config.root / "benchmarks" / f"{which}.py")]
+    return subprocess.run(argv, cwd=config.root, check=False).returncode
 
 
 def shell_scripts(root: Path) -> list[Path]:

@@ -11,6 +11,17 @@ from cfiddle_cluster.wait import wait_until
 ACCOUNT = "cfiddle"
 """The one account that all users belong to; each has a share of their own in it."""
 
+QOS = {
+    "lease": {"GraceTime": "00:00:30", "MaxWall": "01:00:00", "MaxJobsPU": "4", "Flags": "DenyOnLimit"},
+    "normal": {"Preempt": "lease"},
+}
+"""The qualities of service that a job may have, and what is set of each (sacctmgr(1)); `normal` is there anyway.
+
+A lease holds a machine for many calls, so it gives way: when an ordinary job finds no room, it gets TERM, and KILL
+after its grace time. A user has so many at once, and each so long; one that asks for more time is refused.
+"""
+
+_SHOW = ("sacctmgr", "--noheader", "--parsable2", "show")
 _ABSENT = frozenset({"down", "unknown", "future"})
 
 
@@ -158,12 +169,12 @@ def delete_node(name: str) -> None:
 def _ensure_account() -> None:
     """Have the account that all users belong to; slurmctld registers the cluster itself, and this waits for it."""
     wait_until(
-        lambda: slurm(["sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=cluster"]).split(),
+        lambda: slurm([*_SHOW, "cluster", "format=cluster"]).split(),
         timeout_s=120,
         interval_s=0.5,
         what="slurmctld to register the cluster with slurmdbd",
     )
-    if ACCOUNT not in slurm(["sacctmgr", "--noheader", "--parsable2", "show", "account", "format=account"]).split():
+    if ACCOUNT not in slurm([*_SHOW, "account", "format=account"]).split():
         slurm(
             ["sacctmgr", "--immediate", "add", "account", ACCOUNT, f"description={ACCOUNT}", f"organization={ACCOUNT}"]
         )
@@ -171,13 +182,39 @@ def _ensure_account() -> None:
 
 def users() -> set[str]:
     """Return the names of the users who may submit jobs."""
-    listing = ["sacctmgr", "--noheader", "--parsable2", "show", "association", f"account={ACCOUNT}", "format=user"]
-    return set(slurm(listing).split())
+    return set(slurm([*_SHOW, "association", f"account={ACCOUNT}", "format=user"]).split())
+
+
+def ensure_qos() -> None:
+    """Have the qualities of service as `QOS` says, and let every user choose among them."""
+    columns = ["Name", *dict.fromkeys(setting for settings in QOS.values() for setting in settings)]
+    lines = slurm([*_SHOW, "qos", f"format={','.join(columns)}"]).splitlines()
+    known = {found["Name"]: found for found in (dict(zip(columns, line.split("|"), strict=True)) for line in lines)}
+    for name, settings in QOS.items():
+        if name not in known:
+            slurm(["sacctmgr", "--immediate", "add", "qos", name])
+        if not settings.items() <= known.get(name, {}).items():
+            wanted = [f"{setting}={_as_told(setting, value)}" for setting, value in settings.items()]
+            slurm(["sacctmgr", "--immediate", "modify", "qos", name, "set", *wanted])
+    may = slurm([*_SHOW, "association", f"account={ACCOUNT}", "user=", "format=QOS,DefaultQOS"]).strip()
+    choices, _, default = may.partition("|")
+    if set(choices.split(",")) != set(QOS) or default != "normal":
+        wanted = [f"qos={','.join(sorted(QOS))}", "defaultqos=normal"]
+        slurm(["sacctmgr", "--immediate", "modify", "account", f"name={ACCOUNT}", "set", *wanted])
+
+
+def _as_told(setting: str, value: str) -> str:
+    """Return a setting's value as sacctmgr takes it: a grace time in seconds, which it shows as HH:MM:SS."""
+    if setting != "GraceTime":
+        return value
+    hours, minutes, seconds = map(int, value.split(":"))
+    return str(hours * 3600 + minutes * 60 + seconds)
 
 
 def ensure_users(names: Iterable[str]) -> None:
     """Let the users submit jobs, each with a fair share of their own."""
     _ensure_account()
+    ensure_qos()
     if missing := sorted(set(names) - users()):
         slurm(["sacctmgr", "--immediate", "add", "user", ",".join(missing), f"account={ACCOUNT}", "fairshare=1"])
 

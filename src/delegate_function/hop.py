@@ -422,9 +422,9 @@ class _Lease:
         self._ends = time.monotonic() + self.seconds
         self._others_wait = False
         signal.signal(signal.SIGUSR1, self._on_signal)
-        if terms.get("sandbox"):
-            self._holding = launch.tell_agent_of_lease()
-        else:
+        self._in_sandboxes = bool(terms.get("sandbox"))
+        self._hold = launch.tell_agent_of_lease() if self._in_sandboxes else None
+        if not self._in_sandboxes:
             from delegate_function import inside  # noqa: F401  (what each call's process, forked from this one, needs)
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -453,6 +453,8 @@ class _Lease:
 
     def _next(self) -> Received:
         """Wait for the next call or the end of the lease; return nothing where there is to be none."""
+        if self._in_sandboxes and (self._hold is None or self._hold.lost):
+            self._hold = launch.tell_agent_of_lease()
         idle_until = time.monotonic() + self._idle_s
         while not self._is_abandoned:
             if reason := self._reason(idle_until):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from agent.call import Hold
+
 _TAIL = 16 * 1024
 _GRACE_S = 1.0
 _LIMITS = {
@@ -94,7 +96,7 @@ def start_process(hop: dict[str, Any], where: str) -> Process:
     return started
 
 
-def tell_agent_of_lease() -> Any:
+def tell_agent_of_lease() -> Hold | None:
     """Tell this node's agent that the job is quiet between calls; return what keeps it so, if there is an agent."""
     from agent import call as agent
 

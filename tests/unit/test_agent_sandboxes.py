@@ -34,7 +34,7 @@ GOLDEN = {
     "WorkingDir": "/tmp",
     "Hostname": "sandbox",
     "NetworkDisabled": True,
-    "Labels": {"cfiddle.cluster": "cfiddle", "cfiddle.sandbox": "1", "cfiddle.call": "c"},
+    "Labels": {"cfiddle.cluster": "cfiddle", "cfiddle.sandbox": "1"},
     "HostConfig": {
         "AutoRemove": False,
         "Binds": ["/sockets/x:/run/cfiddle:ro"],
@@ -47,6 +47,7 @@ GOLDEN = {
         "LogConfig": {"Type": "none"},
         "Memory": 268435456,
         "MemorySwap": 268435456,
+        "Mounts": [],
         "NetworkMode": "none",
         "OomKillDisable": False,
         "PidsLimit": 64,
@@ -90,7 +91,6 @@ def test_configuration_is_the_golden_one() -> None:
         limits=LIMITS,
         cpus="0-1",
         socket_directory="/sockets/x",
-        labels={"cfiddle.call": "c"},
         cgroup_parent="/cfiddle",
         seccomp_profile="{}",
     )
@@ -117,7 +117,7 @@ def test_agent_loads_nothing_that_runs_what_it_is_given() -> None:
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_seccomp_allows_a_list_and_denies_the_rest(machine: str) -> None:
-    profile = seccomp.profile(machine)
+    profile = seccomp.profile(machine, counters=False)
     assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
     assert len(profile["architectures"]) == 1
     anyhow = {name for rule in profile["syscalls"] if not rule.get("args") for name in rule["names"]} - {"clone3"}
@@ -138,7 +138,7 @@ def test_seccomp_allows_a_list_and_denies_the_rest(machine: str) -> None:
 
 
 def test_seccomp_knows_this_machine() -> None:
-    assert seccomp.profile(platform.machine())
+    assert seccomp.profile(platform.machine(), counters=True)
 
 
 def _write(directory: Path, **files: str) -> None:
@@ -188,17 +188,17 @@ def test_fingerprint_says_what_the_machine_says(tmp_path: Path) -> None:
     _write(cpu / "smt", active="1\n")
     _write(cpu / "cpufreq", boost="1\n")
     _write(cpu / "cpu2/cpufreq", scaling_governor="performance\n")
-    found = fingerprint(cpus="2-3", image="sha256:1", root=tmp_path)
+    found = fingerprint(cpus="2-3", image="sha256:1", counters=None, root=tmp_path)
     assert (found["cpu_model"], found["cores"], found["cpus"]) == ("Fast CPU @ 3 GHz", 2, "2-3")
     assert (found["governor"], found["boost"], found["smt"]) == ("performance", True, True)
     assert found["image"] == "sha256:1"
     _write(cpu / "intel_pstate", no_turbo="1\n")
-    found = fingerprint(cpus="", image="", root=tmp_path)
+    found = fingerprint(cpus="", image="", counters=None, root=tmp_path)
     assert (found["cores"], found["cpus"], found["boost"], found["governor"]) == (4, "0-3", False, None)
 
 
 def test_fingerprint_of_a_machine_that_says_nothing(tmp_path: Path) -> None:
-    found = fingerprint(cpus="", image="", root=tmp_path)
+    found = fingerprint(cpus="", image="", counters=None, root=tmp_path)
     assert (found["cpu_model"], found["governor"], found["boost"], found["smt"]) == (None, None, None, None)
 
 

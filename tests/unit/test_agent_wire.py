@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agent import call, wire
 from agent.request import call_request
 
-GOOD = {"v": 1, "type": "call", "id": "0123456789abcdef" * 2, "job": 7, "profile": "default"}
+GOOD = {"v": 2, "type": "call", "id": "0123456789abcdef" * 2, "job": 7, "profile": "default"}
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -140,9 +140,9 @@ def test_missing_field_is_named(name: str) -> None:
         call_request({key: value for key, value in GOOD.items() if key != name})
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None, [2]])
 def test_another_version_is_refused_with_those_known(version: object) -> None:
-    with pytest.raises(wire.Refused, match="known: 1") as refused:
+    with pytest.raises(wire.Refused, match="known: 2") as refused:
         wire.check_version({**GOOD, "v": version})
     assert refused.value.code == "version"
 

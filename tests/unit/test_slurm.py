@@ -20,6 +20,11 @@ c7|mixed-|none
 """
 
 
+SHOW_QOS = "sacctmgr --noheader --parsable2 show qos"
+QOS = "normal|00:00:00||||lease\nlease|00:00:30|01:00:00|4|DenyOnLimit|\n"
+SHOW_CHOICE = "sacctmgr --noheader --parsable2 show association account=cfiddle user="
+
+
 class Told:
     """Slurm, as far as a test needs it: answers by a command's first words, and what it was told."""
 
@@ -43,7 +48,14 @@ class Told:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    found = Told({"sinfo": [SINFO], "sacctmgr --noheader --parsable2 show cluster": ["cfiddle\n"]})
+    found = Told(
+        {
+            "sinfo": [SINFO],
+            "sacctmgr --noheader --parsable2 show cluster": ["cfiddle\n"],
+            SHOW_QOS: [QOS],
+            SHOW_CHOICE: ["lease,normal|normal\n"],
+        }
+    )
     monkeypatch.setattr(slurm, "slurm", found)
     return found
 
@@ -109,6 +121,40 @@ def test_users_are_added_once_and_with_a_share_of_their_own(told: Told) -> None:
     told.answers["sacctmgr --noheader --parsable2 show account"] = ["cfiddle\nroot\n"]
     slurm.ensure_users(["ada"])
     assert told.changes == []
+
+
+def test_what_qualities_of_service_lack_is_set_and_nothing_else(told: Told) -> None:
+    slurm.ensure_qos()
+    assert told.changes == []
+
+    told.answers[SHOW_QOS] = ["normal|00:00:00||||\n"]
+    told.answers[SHOW_CHOICE] = ["normal|\n"]
+    slurm.ensure_qos()
+    assert told.changes == [
+        "sacctmgr --immediate add qos lease",
+        "sacctmgr --immediate modify qos lease set GraceTime=30 MaxWall=01:00:00 MaxJobsPU=4 Flags=DenyOnLimit",
+        "sacctmgr --immediate modify qos normal set Preempt=lease",
+        "sacctmgr --immediate modify account name=cfiddle set qos=lease,normal defaultqos=normal",
+    ]
+
+
+def test_a_quality_of_service_that_says_something_else_is_changed(told: Told) -> None:
+    told.answers[SHOW_QOS] = [QOS.replace("|4|", "|9|")]
+    slurm.ensure_qos()
+    assert told.changes == [
+        "sacctmgr --immediate modify qos lease set GraceTime=30 MaxWall=01:00:00 MaxJobsPU=4 Flags=DenyOnLimit"
+    ]
+
+
+def test_users_may_choose_a_quality_of_service_before_they_are_there(told: Told) -> None:
+    told.answers["sacctmgr --noheader --parsable2 show account"] = ["root\n"]
+    told.answers[SHOW_CHOICE] = ["normal|\n"]
+    slurm.ensure_users(["ada"])
+    assert [command.split()[2:4] for command in told.changes] == [
+        ["add", "account"],
+        ["modify", "account"],
+        ["add", "user"],
+    ]
 
 
 def test_a_user_s_jobs_end_before_the_user_is_deleted(told: Told) -> None:

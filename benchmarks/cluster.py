@@ -1,75 +1,33 @@
-"""Measure how long things take, print medians beside what they should reach, and write benchmarks/results.json.
+"""Measure how long it takes to bring the cluster up, change it and take it down.
 
-It takes the cluster down and up again a few times; state, users, homes and images stay, running jobs do not.
-usage: ./invoke benchmark, or .venv/bin/python benchmarks/run.py [--rounds N] [--only NAME…]
+It does that a few times; state, users, homes and images stay, running jobs do not.
+usage: ./invoke benchmark cluster, or .venv/bin/python benchmarks/cluster.py [--rounds N] [--only NAME…]
 """
 
 import argparse
 import contextlib
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from common import (
+    BARE,
+    ROOT,
+    SRUN_TRUE,
+    Measured,
+    bare_pair,
+    docker,
+    in_userhost,
+    invoke,
+    machine_facts,
+    show_and_keep,
+    simulated_workers,
+    timed,
+)
 
 from cfiddle_cluster import config, images
-from cfiddle_cluster.commands import docker_cli, run
-from cfiddle_cluster.config import CLUSTER, LABEL, Config
-from cfiddle_cluster.wait import wait_until
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results.json"
-BARE = ROOT / "benchmarks" / "bare"
-LONG_S = 900.0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One row of the table."""
-
-    name: str
-    unit: str
-    target: float
-    median: float
-    samples: list[float]
-
-    @property
-    def reached(self) -> bool:
-        """Say whether the median is within the target."""
-        return self.median <= self.target
-
-
-def docker(*argv: str, timeout_s: float = 60) -> str:
-    """Run the engine's client."""
-    return run([docker_cli(), *argv], timeout_s=timeout_s)
-
-
-def invoke(*argv: str) -> float:
-    """Run a task; return how many seconds it took."""
-    start = time.monotonic()
-    run([ROOT / "invoke", *argv], timeout_s=LONG_S, cwd=ROOT)
-    seconds = time.monotonic() - start
-    print(f"  ./invoke {' '.join(argv)}: {seconds:.1f} s", flush=True)
-    return seconds
-
-
-def container(service: str) -> str:
-    """Return the id of a service's container on the head."""
-    return docker("ps", "-q", "--filter", f"label=com.docker.swarm.service.name=slurm-stack_{service}").split()[0]
-
-
-def in_userhost(*argv: str) -> str:
-    """Run a command as jovyan on the userhost."""
-    return docker(
-        "exec", "-u", "1000:100", "-e", "HOME=/home/jovyan", "-w", "/home/jovyan", container("userhost"), *argv
-    )
+from cfiddle_cluster.config import LABEL, Config
 
 
 def up_with_new_workers(rounds: int, workers: int) -> list[float]:
@@ -117,63 +75,19 @@ def _nodes() -> set[str]:
     return set(in_userhost("sinfo", "-h", "-N", "-p", "normal", "-o", "%N").split())
 
 
-SRUN_TRUE = 'start=$EPOCHREALTIME; srun true; end=$EPOCHREALTIME; echo "$start $end"'
-
-
-def _srun_true(run_it: Callable[[str], str]) -> float:
-    start, end = map(float, run_it(SRUN_TRUE).split())
-    return end - start
-
-
 def srun_against_bare(cluster_config: Config, rounds: int) -> dict[str, list[float]]:
     """Time `srun true` on the cluster and on two bare containers by turns, as a user, within the caller's container."""
     times: dict[str, list[float]] = {"cluster": [], "bare": [], "ratio": []}
-    with bare_pair(cluster_config) as in_bare:
+    with bare_pair(docker, images.built(cluster_config)["cluster"], BARE) as in_bare:
         for number in range(rounds * 10 + 3):
-            bare = _srun_true(in_bare)
-            ours = _srun_true(lambda command: in_userhost("bash", "-c", command))
+            bare = timed(in_bare(SRUN_TRUE))
+            ours = timed(in_userhost("bash", "-c", SRUN_TRUE))
             if number >= 3:  # the first ones load what the later ones find in memory
                 times["bare"].append(bare)
                 times["cluster"].append(ours)
                 times["ratio"].append(ours / bare)
             time.sleep(0.3)  # the epilog of the last job is over then, on both
     return times
-
-
-@contextlib.contextmanager
-def bare_pair(cluster_config: Config) -> Iterator[Callable[[str], str]]:
-    """Run slurmctld and slurmd of the cluster's own image in two plain containers on a plain network."""
-    image = images.built(cluster_config)["cluster"]
-    network = "cfiddle-bare"
-    names = ("slurmctld", "slurmd")
-    _remove_bare(network, names)
-    try:
-        docker("network", "create", "--label", LABEL, network)
-        for name in names:
-            host = f"bare-{name}"
-            docker(
-                *("run", "-d", "--name", host, "--hostname", host, "--network", network, "--label", LABEL, "--init"),
-                *("-v", f"{BARE}:/bare:ro", "--entrypoint", "/bare/start", "--no-healthcheck", image, name),
-            )
-
-        def in_bare(command: str) -> str:
-            return docker("exec", "-u", "1000:1000", "-w", "/tmp", "bare-slurmctld", "bash", "-c", command)
-
-        def ready() -> bool:
-            with contextlib.suppress(Exception):
-                return "idle" in in_bare("sinfo -h -o %T")
-            return False
-
-        wait_until(ready, timeout_s=60, what="the bare slurmd is idle")
-        yield in_bare
-    finally:
-        _remove_bare(network, names)
-
-
-def _remove_bare(network: str, names: tuple[str, ...]) -> None:
-    for argv in [("rm", "-f", f"bare-{name}") for name in names] + [("network", "rm", network)]:
-        with contextlib.suppress(Exception):
-            docker(*argv)
 
 
 def memory_mb(rounds: int, workers: int) -> list[float]:
@@ -213,31 +127,9 @@ def _processes_of_the_cluster() -> set[int]:
     return found
 
 
-def machine_facts() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    meminfo = Path("/proc/meminfo").read_text().split()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "processor": next(
-            (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), platform.machine()
-        ),
-        "cpus": os.cpu_count(),
-        "memory_gb": round(int(meminfo[1]) / 1024**2, 1),
-        "kernel": platform.release(),
-        "engine": docker("version", "--format", "{{.Server.Version}}").strip(),
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def measure(rounds: int, only: list[str]) -> list[Measured]:
     """Measure every row, or those named."""
     cluster_config = config.load(ROOT)
-    if not cluster_config.simulated:
-        sys.exit("error: the benchmarks make and remove simulated workers; this cluster has real ones (WORKER_ADDRS)")
     rows: list[Measured] = []
 
     def add(name: str, unit: str, target: float, samples: list[float]) -> None:
@@ -287,20 +179,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="memory srun again worker down new")
     options = parser.parse_args()
+    simulated_workers()
     facts = machine_facts()
     try:
         rows = measure(options.rounds, options.only)
     finally:
         invoke("up")
-    width = max(len(row.name) for row in rows)
-    print(f"\n{'what':{width}}  {'median':>12}  {'reach':>12}")
-    for row in rows:
-        note = "" if row.reached else "  not reached"
-        print(f"{row.name:{width}}  {row.median:>6.3g} {row.unit:5}  {row.target:>6.3g} {row.unit:5}{note}")
-    RESULTS.write_text(
-        json.dumps({"cluster": CLUSTER, "machine": facts, "measured": [asdict(row) for row in rows]}, indent=2) + "\n"
-    )
-    print(f"\nwritten to {RESULTS.relative_to(ROOT)}")
+    show_and_keep("cluster", rows, facts)
     return 0
 
 

@@ -1,0 +1,41 @@
+"""Make sandboxes and destroy them, as fast as this worker can: what the rate of calls is compared with.
+
+Run in the agent's container, whose own code it uses. Prints how many seconds the given number took, in so many threads
+as the worker has CPUs.
+usage: python3 - COUNT
+"""
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from agent.engine import Engine
+from agent.policy import load
+from agent.sandboxes import Sandboxes
+
+
+def main():
+    """Do so."""
+    profile = load(Path("/etc/cfiddle/policy.yaml"), sandbox_image=os.environ["SANDBOX_IMAGE"]).profiles["default"]
+    sandboxes = Sandboxes(Engine("/var/run/docker.sock"), Path("/run/cfiddle-sandboxes"), cgroups=Path("/run/cgroup"))
+    never = os.eventfd(0)
+
+    def make_and_destroy(_):
+        sandbox = sandboxes.create(profile, profile.limits, cpus="")
+        try:
+            sandbox.start()
+            if not sandbox.wait_until_ready(timeout_s=60, wake=never):
+                raise SystemExit("a sandbox is not ready after 60 s")
+        finally:
+            sandboxes.destroy(sandbox)
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(make_and_destroy, range(int(sys.argv[1]))))
+    print(time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    main()
