@@ -22,8 +22,11 @@ class BuildMethod:
 
     __name__ = "BuildMethod"
 
-    def __init__(self, delegate: BaseDelegate, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    def __init__(
+        self, delegate: BaseDelegate, inputs: Iterable[str | os.PathLike[str]] = (), includes: bool = True
+    ) -> None:
         self.delegate = delegate
+        self._includes = includes
         self._inputs = [os.fspath(path) for path in inputs]
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -85,7 +88,9 @@ class BuildMethod:
         words = " ".join(parameters).replace("=", " ").split()
         directories = [word[2:] for word in words if word.startswith("-I") and len(word) > 2]
         try:
-            paths = compilation.needed([*sources, *self._inputs], [".", *directories])
+            paths = [*sources, *self._inputs]
+            if self._includes:
+                paths = compilation.needed(paths, [".", *directories])
             root = os.path.commonpath([os.getcwd(), *map(os.path.abspath, paths)])
             return {os.path.relpath(path, root): Path(path).read_bytes() for path in paths}, os.path.relpath(".", root)
         except OSError as error:

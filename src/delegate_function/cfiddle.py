@@ -70,19 +70,20 @@ def build_method(
     config: BaseDelegate | str | os.PathLike[str] | None = None,
     *,
     inputs: Iterable[str | os.PathLike[str]] = (),
+    includes: bool = True,
 ) -> BuildMethod:
     """Return what CFiddle's `Builder_type` takes, so that `build` compiles somewhere else.
-
-    A source travels with what it includes, as far as that is found beside it, in the working directory, or by a
-    relative `-I` among the build's parameters.
 
     Args:
         config: a delegate, YAML, or the name of a file with YAML; without it, a sandbox of the profile `build`, on a
             worker that other jobs may share.
         inputs: further files that the compiler reads, relative to the working directory.
+        includes: whether a source travels with what it includes, as far as that is found beside it, in the working
+            directory, or by a relative `-I` among the build's parameters. For sources of people whom you do not trust,
+            False: else a source that names a file of yours has it.
     """
     shared = functools.partial(SlurmDelegate, partition="shared")
-    return BuildMethod(_delegate(config, shared, functools.partial(SandboxDelegate, profile="build")), inputs)
+    return BuildMethod(_delegate(config, shared, functools.partial(SandboxDelegate, profile="build")), inputs, includes)
 
 
 def _delegate(config: BaseDelegate | str | os.PathLike[str] | None, *default: Any) -> BaseDelegate:
@@ -188,6 +189,9 @@ class ExecutionMethod:
 
 
 def _no_counters(names: list[str], reason: str, info: CallInfo) -> CountersUnavailable:
+    told = str(info.node.get("counters"))
+    if told.startswith(("policy: ", "kernel: ", "machine: ")):
+        reason = told  # by the agent, who knows the profile
     return CountersUnavailable(f"no counter {', '.join(names)} here, {reason}", where=info.where, reason=reason)
 
 

@@ -31,7 +31,7 @@ def needed(sources: Iterable[str], directories: Iterable[str]) -> list[str]:
         for name in _INCLUDE.findall(text):
             for directory in (os.path.dirname(source), *directories):
                 path = os.path.normpath(os.path.join(directory, name))
-                if os.path.isfile(path):
+                if os.path.isfile(path) and not os.path.isabs(name):
                     if path not in found:
                         found.append(path)
                     break

@@ -18,7 +18,7 @@ from pathlib import Path
 _HARDWARE, _SOFTWARE = 0, 1
 _INSTRUCTIONS, _DUMMY = 1, 9
 _FLAGS = 1 << 0 | 1 << 5 | 1 << 6
-_SIZE = 128
+_CLOEXEC = 8
 # perf_event_open(2) has no function in the C library; its number, by uname's name of the machine.
 _NUMBERS = {"x86_64": 298, "aarch64": 241}
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
@@ -36,9 +36,23 @@ def obstacle() -> str | None:
     """Return what keeps this process from hardware counters, if anything does."""
     # A software event needs no counter of the CPU's, so what is refused there is the policy's or the kernel's to allow.
     for kind, event in ((_SOFTWARE, _DUMMY), (_HARDWARE, _INSTRUCTIONS)):
-        if error := _try(kind, event):
-            return _explained(error)
+        if number := error(kind, event):
+            return _explained(number)
     return None
+
+
+def error(kind: int = _HARDWARE, event: int = _INSTRUCTIONS) -> int:
+    """Return the number of the error with which an event of this process cannot be opened; 0 if it can."""
+    number = _NUMBERS.get(platform.machine())
+    if number is None:
+        return errno.ENOSYS
+    attributes = struct.pack("=IIQ24xQ16x", kind, 64, event, _FLAGS)  # 64: the structure's first size
+    libc = ctypes.CDLL(None, use_errno=True)
+    counter = libc.syscall(number, attributes, 0, -1, -1, _CLOEXEC)  # of this process, on any CPU
+    if counter < 0:
+        return ctypes.get_errno()
+    os.close(counter)
+    return 0
 
 
 def is_known(event: str) -> bool:
@@ -47,29 +61,13 @@ def is_known(event: str) -> bool:
     return int(pfm.pfm_initialize()) == 0 and int(pfm.pfm_find_event(event.encode())) >= 0
 
 
-def _explained(error: int) -> str:
-    if error == errno.EPERM:
+def _explained(number: int) -> str:
+    if number == errno.EPERM:
         return "policy: perf_event_open is not among the system calls that are allowed here"
-    if error == errno.EACCES:
+    if number == errno.EACCES:
         return f"kernel: perf_event_paranoid is {_PARANOID.read_text().strip()}; counters need 2 or less"
-    if error == errno.ENOSYS:
+    if number == errno.ENOSYS:
         return "kernel: it was built without performance events"
-    if error in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+    if number in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
         return "machine: its CPU has no counters, or the virtual machine that it is does not show them"
-    return f"machine: {os.strerror(error)}"
-
-
-def _try(kind: int, event: int) -> int:
-    """Open and close an event; return the error's number, 0 for none."""
-    attributes = ctypes.create_string_buffer(_SIZE)
-    struct.pack_into("=IIQ", attributes, 0, kind, _SIZE, event)
-    struct.pack_into("=Q", attributes, 40, _FLAGS)
-    libc = ctypes.CDLL(None, use_errno=True)
-    number = _NUMBERS.get(platform.machine())
-    if number is None:
-        return errno.ENOSYS
-    fd = libc.syscall(ctypes.c_long(number), attributes, 0, -1, ctypes.c_int(-1), ctypes.c_ulong(0))
-    if fd < 0:
-        return ctypes.get_errno()
-    os.close(fd)
-    return 0
+    return f"machine: {os.strerror(number)}"

@@ -532,6 +532,8 @@ def main(arguments: list[str]) -> NoReturn:
     if len(modules) * 2 != len(arguments):
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
     gc.disable()  # imports make much and throw away little: to look for it took a fifth of their time
+    from delegate_function import counters
+
     for module in ("cloudpickle", "ctypes", *modules):
         importlib.import_module(module)
         package_version(module.partition(".")[0])
@@ -540,7 +542,7 @@ def main(arguments: list[str]) -> NoReturn:
     gc.enable()
     agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     agent.connect(SOCKET)
-    agent.send(json.dumps({"type": "ready", "counters": _counters_error()}).encode())
+    agent.send(json.dumps({"type": "ready", "counters": counters.error()}).encode())
     message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
     if not message:
         os._exit(1)
@@ -561,27 +563,6 @@ def _end_threads() -> None:
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-
-
-def _counters_error() -> int:
-    """Return the number of the error with which a hardware counter of this process cannot be opened; 0 if it can."""
-    import ctypes
-    import errno
-    import platform
-    import struct
-
-    number = {"x86_64": 298, "aarch64": 241}.get(platform.machine())
-    if number is None:
-        return errno.ENOSYS
-    # struct perf_event_attr: a hardware event (0), its first size (64), retired instructions (1), opened disabled and
-    # without kernel and hypervisor.
-    attributes = struct.pack("=IIQ24xQ16x", 0, 64, 1, 1 << 0 | 1 << 5 | 1 << 6)
-    libc = ctypes.CDLL(None, use_errno=True)
-    counter = libc.syscall(number, attributes, 0, -1, -1, 8)  # of this process, on any CPU; PERF_FLAG_FD_CLOEXEC
-    if counter < 0:
-        return ctypes.get_errno()
-    os.close(counter)
-    return 0
 
 
 def _supervise(child: int, agent: socket.socket) -> NoReturn:

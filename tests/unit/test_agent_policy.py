@@ -36,7 +36,7 @@ def test_the_policy_of_this_checkout_is_valid() -> None:
     assert list(policy.profiles) == ["default", "build"]
     assert policy.profiles["default"].image == "cfiddle-sandbox:1"
     assert policy.profiles["build"].image == "cfiddle-compiler:2"
-    assert policy.profiles["default"].command[-1] == "delegate_function.inside"
+    assert policy.profiles["default"].command[:4] == ("python3", "-I", "-m", "delegate_function.inside")
 
 
 def test_image_is_the_cluster_s_own_by_name_or_another_by_reference() -> None:

@@ -26,16 +26,16 @@ def test_reason_names_what_would_have_to_be_another(
 ) -> None:
     (tmp_path / "paranoid").write_text("3\n")
     monkeypatch.setattr(counters, "_PARANOID", tmp_path / "paranoid")
-    monkeypatch.setattr(counters, "_try", lambda kind, _event: (hardware, software)[kind])
+    monkeypatch.setattr(counters, "error", lambda kind, _event: (hardware, software)[kind])
     found = counters.obstacle()
     assert found == reason or (reason and found and found.startswith(reason))
 
 
 def test_this_kernel_is_asked_for_real() -> None:
     # Whatever it says: an attribute that is wrong would be EINVAL or E2BIG, and a call that is wrong ENOSYS.
-    tried = {counters._try(counters._SOFTWARE, counters._DUMMY), counters._try(counters._HARDWARE, 1)}
+    tried = {counters.error(counters._SOFTWARE, counters._DUMMY), counters.error()}
     assert tried <= {0, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP}
-    assert counters._try(99, 0) in (errno.ENOENT, errno.EPERM, errno.EACCES), "there is no such kind of event"
+    assert counters.error(99, 0) in (errno.ENOENT, errno.EPERM, errno.EACCES), "there is no such kind of event"
 
 
 def test_a_name_that_is_unknown_is_not_the_machine_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
