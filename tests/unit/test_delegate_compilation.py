@@ -20,7 +20,8 @@ def test_includes_are_followed_through_the_directories_and_each_file_comes_once(
     monkeypatch.chdir(tmp_path)
     _write(
         tmp_path,
-        main_cpp='#include <vector>\n  #  include "a.h"\n#include <lib.h>\n// #include "unused.h"\n#include "/etc/passwd"\n',
+        main_cpp='#include <vector>\n  #  include "a.h"\n#include <lib.h>\n// #include "unused.h"\n'
+        '#include "/etc/passwd"\n',
         a_h='#include "b.h"\n#include "sub/c.h"\n',
         b_h='#include "a.h"\n',
         sub__c_h='#include "d.h"\n',
