@@ -161,6 +161,27 @@ print(json.dumps(said))
     assert [name for name, _ in rest] == ["MissingArgument", "UnusedArgument", "IncorrectArgumentType"]
 
 
+def test_measurements_of_a_node_that_says_it_has_more_cpus_than_it_has_are_void(user: Container) -> None:
+    program = """
+os.mkdir("bin")
+with open("bin/srun", "w") as file:
+    file.write('#!/bin/bash\\nwhile [[ $1 != -- ]]; do shift; done\\nshift\\n'
+               'export SLURM_JOB_ID=17 SLURM_CPUS_ON_NODE=4096\\nexec "$@"\\n')
+os.chmod("bin/srun", 0o755)
+os.environ["PATH"] = os.path.abspath("bin") + ":" + os.environ["PATH"]
+with warnings.catch_warnings(record=True) as caught, cfiddle_config(
+    RunnerDelegate_type=execution_method(SlurmDelegate())
+):
+    results = run(build(code(TEXT)), "sum_up", arg_map(n=[10, 20]))
+warned = [str(warning.message) for warning in caught if warning.category is OversubscribedNode]
+print(json.dumps([warned, [row["void"] for row in results.as_dicts()]]))
+"""
+    (warning,), voids = say(user, program)
+    assert " and says to Slurm that it has 4096: these measurements are void" in warning
+    assert len(voids) == 2
+    assert all("CPUs and says to Slurm that it has 4096" in void for void in voids)
+
+
 COUNT = """
 said = []
 executable = build(code(TEXT))
