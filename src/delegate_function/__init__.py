@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from delegate_function.errors import CallNotSent as CallNotSent
     from delegate_function.errors import ConfigurationError as ConfigurationError
     from delegate_function.errors import ConnectionLost as ConnectionLost
+    from delegate_function.errors import CountersUnavailable as CountersUnavailable
     from delegate_function.errors import DelegateFunctionException as DelegateFunctionException
     from delegate_function.errors import HopFailed as HopFailed
     from delegate_function.errors import JobCancelled as JobCancelled
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from delegate_function.errors import SandboxRefused as SandboxRefused
     from delegate_function.errors import VersionMismatch as VersionMismatch
     from delegate_function.executor import Executor as Executor
+    from delegate_function.fingerprint import OversubscribedNode as OversubscribedNode
+    from delegate_function.fingerprint import UnlikeNodes as UnlikeNodes
+    from delegate_function.fingerprint import differences as differences
     from delegate_function.futures import Future as Future
     from delegate_function.generator import DelegateGenerator as DelegateGenerator
     from delegate_function.generator import LateBoundYAMLDelegate as LateBoundYAMLDelegate
@@ -88,6 +92,7 @@ _MODULES = {
         "CallNotSent",
         "ConfigurationError",
         "ConnectionLost",
+        "CountersUnavailable",
         "DelegateFunctionException",
         "HopFailed",
         "JobCancelled",
@@ -107,6 +112,7 @@ _MODULES = {
     ],
     "executor": ["Executor"],
     "futures": ["Future"],
+    "fingerprint": ["OversubscribedNode", "UnlikeNodes", "differences"],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
     "leases": ["Lease", "lease"],
     "reporting": ["progress"],

@@ -403,6 +403,8 @@ def _greet(up: frames.Link, spec: dict[str, Any]) -> str:
         "node": os.uname().nodename,
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID") if spec.get("kind") == "slurm" else None,
+        "slurm_cpus": int(os.environ.get("SLURM_CPUS_ON_NODE", 0)) if spec.get("kind") == "slurm" else None,
+        "cpus": len(os.sched_getaffinity(0)),
         "python": list(sys.version_info[:3]),
         "version": __version__,
         "lease": "idle_s" in spec,

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -494,7 +495,8 @@ def _described(error: BaseException) -> dict[str, Any]:
 def package_version(name: str) -> str | None:
     """Return a package's version as it says itself, else as its installation does; nothing for none of either."""
     try:
-        version = getattr(importlib.import_module(name), "__version__", None)
+        with warnings.catch_warnings(action="ignore"):  # what a package says of itself is no news to the caller
+            version = getattr(importlib.import_module(name), "__version__", None)
     except Exception:
         return None
     if isinstance(version, str):
@@ -517,12 +519,14 @@ def main(arguments: list[str]) -> NoReturn:
     modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=False) if option == "--import"]
     if len(modules) * 2 != len(arguments):
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
+    from delegate_function import counters
+
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
         ours.close()
         _prepare(modules)
-        theirs.send(json.dumps({"type": "ready", "counters": _counters_error()}).encode())
+        theirs.send(json.dumps({"type": "ready", "counters": counters.error()}).encode())
         _, descriptors, _, _ = socket.recv_fds(theirs, 1, 3)
         if len(descriptors) != 3:
             os._exit(1)
@@ -565,27 +569,6 @@ def _protect() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
-
-
-def _counters_error() -> int:
-    """Return the number of the error with which a hardware counter of this process cannot be opened; 0 if it can."""
-    import ctypes
-    import errno
-    import platform
-    import struct
-
-    number = {"x86_64": 298, "aarch64": 241}.get(platform.machine())
-    if number is None:
-        return errno.ENOSYS
-    # struct perf_event_attr: a hardware event (0), its first size (64), retired instructions (1), opened disabled and
-    # without kernel and hypervisor.
-    attributes = struct.pack("=IIQ24xQ16x", 0, 64, 1, 1 << 0 | 1 << 5 | 1 << 6)
-    libc = ctypes.CDLL(None, use_errno=True)
-    counter = libc.syscall(number, attributes, 0, -1, -1, 8)  # of this process, on any CPU; PERF_FLAG_FD_CLOEXEC
-    if counter < 0:
-        return ctypes.get_errno()
-    os.close(counter)
-    return 0
 
 
 def _supervise(child: int, agent: socket.socket) -> NoReturn:
