@@ -1,4 +1,4 @@
-"""No image holds a key, a password, or anything of the machine that built it: every layer is searched."""
+"""Attack 14: no image holds a key, a password, or anything of the machine that built it: every layer is searched."""
 
 import io
 import json
