@@ -46,6 +46,7 @@ PLACES = {
 _UNCOMPILED = ("--env-add", "PYTHONPYCACHEPREFIX=/nonexistent")
 _START_S = 90
 _TEST_S = 240
+_LINES = 25
 _SUCCEEDED, _REPELLED, _UNCLEAR = "succeeded", "repelled", "unclear"
 
 
@@ -59,7 +60,8 @@ class Change:
 
     Attributes:
         service: a service that is started anew with patched files, and more options of `docker service update`.
-        where: where `run` is run and undone: a service's container (those of slurmd and agent: on each worker), or `head`.
+        where: where `run` is run, and later `undo`: in a service's container (slurmd's and agent's: on each worker), or
+            on the `head`.
         checkout: whether patches are for what the test itself imports, in a copy.
         patch: by a file's path in the checkout, what is replaced by what in it. Each stands there exactly once.
     """
@@ -297,15 +299,15 @@ class Verdict:
 def judged(report: Path, test: str, wanted: Sequence[str]) -> Verdict:
     """Return what pytest's report in JUnit's XML says of a test.
 
-    The attack succeeded if an assertion of the test itself failed, and said all that is wanted. An error around the test,
-    another exception, or another assertion is unclear: perhaps the cluster is broken, and nothing is proved.
+    The attack succeeded if an assertion of the test itself failed, and said all that is wanted. An error around the
+    test, another exception, or another assertion is unclear: perhaps the cluster is broken, and nothing is proved.
     """
-    cases = ElementTree.parse(report).getroot().iter("testcase")
     file, _, function = test.partition("::")
+    module = f"tests.attacks.{file.removesuffix('.py')}"
     cases = [
         case
-        for case in cases
-        if case.get("name") == function and file.removesuffix(".py") in str(case.get("classname"))
+        for case in ElementTree.parse(report).getroot().iter("testcase")
+        if (case.get("classname"), case.get("name")) == (module, function)
     ]
     if not cases:
         return Verdict(_UNCLEAR, "it did not run")
@@ -352,17 +354,16 @@ def selected(attacks: Sequence[Attack], wanted: Sequence[str]) -> list[tuple[Att
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prove the selected attacks one by one; return 1 if one was repelled, unclear, or the cluster is not as it was."""
+    """Prove the selected attacks one by one; return 1 unless each succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help="numbers of attacks, or parts of their tests' names")
     chosen = selected(load(), parser.parse_args(arguments).only)
     if not chosen:
-        print("no attack has that number, and no test that name")
-        return 1
+        raise ProofError("no attack has that number, and no test that name")
     signal.signal(signal.SIGTERM, _interrupt)
     cluster = LiveCluster()
     weakener = Weakener(cluster)
-    failed = 0
+    outcomes: list[str] = []
     with cluster.state.lock("test --prove"):
         print(f"{'attack':>6}  {'outcome':<9}  {'seconds':>7}  test, and what was weakened", flush=True)
         for attack, weakening in chosen:
@@ -374,14 +375,14 @@ def main(arguments: Sequence[str]) -> int:
             cluster.wait_until_idle(timeout_s=_START_S)
             seconds = (time.monotonic() - began) / len(verdicts)
             for test, verdict in verdicts.items():
+                what = f"{test}: {weakening.name}"
+                print(f"{attack.number:>6}  {verdict.outcome:<9}  {seconds:>7.1f}  {what}", flush=True)
                 print(
-                    f"{attack.number:>6}  {verdict.outcome:<9}  {seconds:>7.1f}  {test}: {weakening.name}", flush=True
+                    "".join(f"        | {line}\n" for line in verdict.said.splitlines()[-_LINES:]), end="", flush=True
                 )
-                if verdict.outcome != _SUCCEEDED:
-                    failed += 1
-                    print("\n".join(f"        | {line}" for line in verdict.said.splitlines()[-25:]), flush=True)
-    print(f"{failed} of {sum(len(weakening.seen) for _, weakening in chosen)} attacks did not succeed as they should")
-    return 1 if failed else 0
+                outcomes.append(verdict.outcome)
+    print(f"{outcomes.count(_SUCCEEDED)} of {len(outcomes)} attacks succeeded against the weakened cluster")
+    return 0 if set(outcomes) == {_SUCCEEDED} else 1
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -1,7 +1,7 @@
 """Attack 22: homes mounted from an address that is no worker's, and a setuid file that a worker's root left in one.
 
-Homes of simulated workers are bind mounts, and this kernel may have no NFS. So what is exported to whom and how it is mounted is
-read where it is written; what a setuid file gives is tried.
+Homes of simulated workers are bind mounts, and this kernel may have no NFS. So what is exported to whom, and how it is
+mounted, is read where it is written; what a setuid file gives is tried.
 """
 
 import re

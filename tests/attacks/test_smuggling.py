@@ -1,7 +1,7 @@
 """Attack 3: arguments smuggled into the names of images, profiles, files and jobs.
 
-What a call's container is like stands in golden.json, as the engine shows it. Where that shall change, write it anew with
-`WRITE_GOLDEN=1 ./invoke test --only tests/attacks/test_smuggling.py`, and read the difference.
+What a call's container is like stands in golden.json, as the engine shows it. Where that shall change, write it anew
+with `WRITE_GOLDEN=1 ./invoke test --only tests/attacks/test_smuggling.py`, and read the difference.
 """
 
 import json
@@ -83,7 +83,8 @@ for name in NAMES:
         file.write(name)
 outputs = [name + ".out" for name in NAMES]
 there = SlurmDelegate(SandboxDelegate()).call(Copy(), "run", [NAMES], inputs=NAMES, outputs=outputs)
-print(there == sorted(NAMES + outputs), sorted(os.listdir(".")) == there, [open(name + ".out").read() == name for name in NAMES])
+same = [open(name + ".out").read() == name for name in NAMES]
+print(there == sorted(NAMES + outputs), sorted(os.listdir(".")) == there, same)
 """
 
 

@@ -1,4 +1,4 @@
-"""Attack 2: a description of delegates that carries Python or grows without end is refused at once, with little memory."""
+"""Attack 2: a description of delegates that carries Python or grows without end is refused at once."""
 
 import pytest
 
