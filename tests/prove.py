@@ -22,8 +22,9 @@ from xml.etree import ElementTree
 
 import yaml
 
-from cfiddle_cluster import engine
+from cfiddle_cluster import engine, images
 from cfiddle_cluster.config import STACK
+from cfiddle_cluster.stack import IMAGES
 from live import ROOT, LiveCluster, docker, run, wait_until
 
 ATTACKS = ROOT / "tests" / "attacks"
@@ -61,7 +62,7 @@ class Change:
     Attributes:
         service: a service that is started anew with patched files, and more options of `docker service update`.
         where: where `run` is run, and later `undo`: in a service's container (slurmd's and agent's: on each worker), or
-            on the `head`.
+            on the `head`, where IMAGE_NAME and STATE_DIR are in the environment.
         checkout: whether patches are for what the test itself imports, in a copy.
         patch: by a file's path in the checkout, what is replaced by what in it. Each stands there exactly once.
     """
@@ -186,7 +187,9 @@ class Weakener:
 
     def _run(self, where: str, command: str) -> None:
         if where == "head":
-            results = [run(["bash", "-c", command])]
+            config = self._cluster.config
+            names = {f"IMAGE_{name.upper()}": images.reference(config, name) for name in IMAGES}
+            results = [run(["bash", "-c", command], env={"STATE_DIR": str(config.state_dir), **names})]
         elif where in ("slurmd", "agent"):
             results = [self._cluster.in_service(where, command, worker) for worker in self._cluster.workers]
         else:
