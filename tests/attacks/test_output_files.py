@@ -69,7 +69,7 @@ KINDS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "sparse as may be": (["out"], "open('out', 'w').truncate(1 << 30)", "ResultNotReturned", "bytes; at most"),
     "a million files": (["out"], "for n in range(10**6): open(str(n), 'w').close()", "OSError", "No space left"),
-    "a million names": (10**6, "", "HopFailed", "a frame of"),
+    "a million names": (10**6, "", "CallNotSent", "a frame of"),
     "missing": (["out"], "", "ResultNotReturned", "No such file"),
 }
 

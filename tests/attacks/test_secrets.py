@@ -30,7 +30,7 @@ TELLING_NAME = re.compile(r"(PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|APIKEY|_KEY
 
 
 def findings(references: list[str], needles: list[bytes]) -> Iterator[str]:
-    """Search the layers of images, each once, as `docker save` writes them; yield where something is that must not be."""
+    """Search the layers of images as `docker save` writes them; yield where something is that must not be."""
     words = re.compile(b"|".join(re.escape(needle) for needle in needles)) if needles else None
     named: set[str] = set()
     seen: set[str] = set()
