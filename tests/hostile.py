@@ -117,9 +117,16 @@ for _ in range(1000):
 """
 
 _FILL = """
-for number in range({number}):
+for number in range(75):
     with open(f"{directory}/{{number}}", "wb") as file:
         file.write(bytes(8 << 20))
+"""
+
+_RESERVE = """
+import os
+for number in range(75):
+    with open(f"/tmp/{number}", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 16 << 20)
 """
 
 _INODES = """
@@ -153,10 +160,9 @@ while True:
 
 ABUSES = {
     "memory": Abuse(f"bytearray({2 * MEMORY_MB} << 20)", "LimitExceeded", f"memory limit of {MEMORY_MB} MB"),
-    # Each file has 8 MB, and all together more than the memory that the call asked for.
-    "shared memory": Abuse(_FILL.format(directory="/dev/shm", number=75), "Exception", ""),
-    "files in memory": Abuse(_FILL.format(directory="/tmp", number=75), "Exception", ""),
-    "files": Abuse(_FILL.format(directory="/tmp", number=150), "OSError", "No space left", memory_mb=2048),
+    "shared memory": Abuse(_FILL.format(directory="/dev/shm"), "Exception", ""),
+    "files in memory": Abuse(_FILL.format(directory="/tmp"), "Exception", ""),
+    "files": Abuse(_RESERVE, "OSError", "No space left", memory_mb=2048),
     "sleep": Abuse("import time; time.sleep(600)", "LimitExceeded", _TIME),
     "loop": Abuse("while True: pass", "LimitExceeded", _TIME),
     "deaf and detached": Abuse(_DEAF, "LimitExceeded", _TIME),
