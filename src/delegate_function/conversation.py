@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from delegate_function import frames, hop, launch
-from delegate_function.errors import CallCancelled, DelegateFunctionException, HopFailed, LeaseEnded, from_wire
+from delegate_function.errors import (
+    CallCancelled,
+    CallNotSent,
+    DelegateFunctionException,
+    HopFailed,
+    LeaseEnded,
+    from_wire,
+)
 
 _CANCELLED_S = 2.0
 _GIVE_BACK = frames.encode(frames.OVER)
@@ -37,7 +44,10 @@ class Exchange:
     ) -> None:
         self.events: queue.SimpleQueue[tuple[bytes, bytes] | DelegateFunctionException] = queue.SimpleQueue()
         self.progress: tuple[int, int] | None = None
-        self.header = frames.encode_json(frames.SPEC, spec)
+        try:
+            self.header = frames.encode_json(frames.SPEC, spec)
+        except frames.ProtocolError as error:
+            raise CallNotSent(f"what describes the call, its files' names above all, is too much: {error}") from error
         self.number: int = spec["hop"]
         self.ended = threading.Event()
         self._conversation = conversation

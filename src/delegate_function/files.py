@@ -25,7 +25,7 @@ def checked(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Return the paths in their normal form; raise FileError unless each is relative and stays beneath its start."""
     if isinstance(paths, str | bytes | os.PathLike):
         raise FileError(f"a list of paths is needed, not the single path {os.fsdecode(paths)!r}")
-    found: list[str] = []
+    found: dict[str, None] = {}
     for path in paths:
         text = os.fspath(path)
         if not isinstance(text, str) or not text or "\0" in text:
@@ -33,9 +33,8 @@ def checked(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
         normal = os.path.normpath(text)
         if os.path.isabs(text) or ".." in text.split("/") or normal == ".":
             raise FileError(f"{text!r} leaves the working directory; name files relative to it, without '..'")
-        if normal not in found:
-            found.append(normal)
-    return found
+        found[normal] = None
+    return list(found)
 
 
 def _open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
