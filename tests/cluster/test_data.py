@@ -92,7 +92,7 @@ def test_a_submission_runs_in_the_sandbox_and_returns_data_alone(cluster: LiveCl
     kind, text, cause = said["wrong"]
     assert kind == "RemoteError"
     assert text.endswith("ValueError: gone")
-    assert 'File "ada.py", line 36, in wrong' in cause
+    assert 'File "ada.py", line 33, in wrong' in cause
     for name in ("evil", "yaml"):
         kind, text, _ = said[name]
         assert kind == "ResultNotReturned"
