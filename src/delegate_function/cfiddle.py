@@ -215,9 +215,8 @@ def _exception(name: str, arguments: list[str]) -> Exception:
 
 
 def _result(entry: Any, runner: Any, invocations: list[Any]) -> Any:
-    if not isinstance(entry, list):
-        if isinstance(getattr(entry, "invocation", None), int):
-            entry.invocation = invocations[entry.invocation]
+    if not isinstance(entry, list):  # of an invoker of one's own
+        entry.invocation = invocations[entry.invocation]
         return entry
     number, rows, value = entry
     if not all(isinstance(text, str) for row in rows for pair in row.items() for text in pair):
