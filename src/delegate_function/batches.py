@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from delegate_function import caller, detached, files, frames, shelf, slurm
+from delegate_function import caller, data, detached, files, frames, shelf, slurm
 from delegate_function.callinfo import CallInfo
 from delegate_function.errors import CallNotSent, DelegateFunctionException
 from delegate_function.futures import Future
@@ -73,8 +73,9 @@ class Batches:
 
     ends_running_calls = True
 
-    def __init__(self, hops: list[dict[str, Any]], most: int) -> None:
+    def __init__(self, hops: list[dict[str, Any]], most: int, results: str) -> None:
         self._job, self._rest = hops[0], hops[1:]
+        self._results = results
         self._most = most
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []
@@ -186,13 +187,14 @@ class Batches:
             except DelegateFunctionException as error:
                 future.settle(None, error=error)
                 continue
-            spec = {**caller.header(self._rest, payload, packages, done=1), "kind": detached.KIND}
+            header = caller.header(self._rest, payload, packages, results=self._results, done=1)
+            spec = {**header, "kind": detached.KIND}
             name = f"{len(functions)}.call"
             pieces = (frames.encode(frames.DATA, piece) for piece in payload.chunks())
             detached.place(root, name, (frames.encode_json(frames.SPEC, spec), *pieces), beside=f"{name}.new")
             functions.append(getattr(arguments[0], "__qualname__", type(arguments[0]).__qualname__))
             yield future
-        described = json.dumps({"submitted": time.time(), "functions": functions}).encode()
+        described = json.dumps({"submitted": time.time(), "functions": functions, "results": self._results}).encode()
         detached.place(root, shelf.CALLS, [described], beside="calls.new")
 
     def _script(self, path: str) -> str:
@@ -270,7 +272,7 @@ def _look(unsettled: dict[DetachedFuture, Record], jobs: dict[str, str] | None) 
 def reattach(job_id: str | int) -> DetachedFuture:
     """Return a future of a detached call, of this process or another, also if its job ended long ago."""
     record, _ = shelf.find(job_id)
-    future = DetachedFuture(Batches([{"type": "slurm"}], 1))
+    future = DetachedFuture(Batches([{"type": "slurm"}], 1, data.PICKLE))
     future.place(record)
     watcher.watch(future, record)
     return future

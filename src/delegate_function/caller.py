@@ -127,9 +127,10 @@ def header(
     }
 
 
-def replay(heard: Iterator[tuple[bytes, bytes]], info: CallInfo) -> Any:
+def replay(heard: Iterator[tuple[bytes, bytes]], info: CallInfo, *, results: str) -> Any:
     """Return the value of a call of which all that was heard is written down, or raise what it raised."""
-    result, output = Result((), -1), Output()
+    result = Result((), -1, results)
+    output = Output(clean=result.as_data)
     try:
         for event in heard:
             if _take(event, output, result, info):

@@ -25,7 +25,7 @@ from typing import ParamSpec, TypeVar
 
 from delegate_function import batches, shelf, steps
 from delegate_function.batches import Batches, DetachedFuture
-from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
+from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate, results_of
 from delegate_function.errors import ConfigurationError
 from delegate_function.futures import Future, Way
 from delegate_function.leases import QOS, Lease
@@ -66,7 +66,7 @@ class Executor(concurrent.futures.Executor):
         *,
         max_workers: int = 4,
         detached: bool = False,
-        results: str = "pickle",
+        results: str | None = None,
         seconds: float = 600,
         idle_s: float = 1.0,
         turn_s: float = 10.0,
@@ -76,12 +76,10 @@ class Executor(concurrent.futures.Executor):
             delegate = DelegateChain(SlurmDelegate, SandboxDelegate)()
         if type(max_workers) is not int or max_workers < 1:
             raise ConfigurationError(f"max_workers is a whole number greater than 0, not {max_workers!r}")
-        if results != "pickle":
-            raise ConfigurationError(f"results is 'pickle', not {results!r}")
         for name, value in (("seconds", seconds), ("idle_s", idle_s), ("turn_s", turn_s)):
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ConfigurationError(f"{name} is a number of seconds, not {value!r}")
-        hops = delegate.compile()
+        results, hops = results_of(delegate.compile(), results)
         if any(step["type"] == steps.TERMINAL for step in hops):
             raise ConfigurationError("calls that are made at once cannot share one standard input: interactive=True")
         self._way: Way
@@ -89,13 +87,13 @@ class Executor(concurrent.futures.Executor):
         if detached:
             if not hops or hops[0]["type"] != "slurm":
                 raise ConfigurationError("a detached call is a batch job: its chain begins with SlurmDelegate")
-            self._way = Batches(hops, max_workers)
+            self._way = Batches(hops, max_workers, results)
         elif leaving and leaving[0]["type"] == "slurm":
             new_lease = functools.partial(Lease, delegate, seconds=seconds, idle_s=idle_s + _SPARE_S, qos=qos)
-            self._way = Workers(new_lease, max_workers, idle_s=idle_s, turn_s=turn_s)
+            self._way = Workers(new_lease, max_workers, results=results, idle_s=idle_s, turn_s=turn_s)
         else:
             new_chain = functools.partial(Unleased, delegate)
-            self._way = Workers(new_chain, max_workers, idle_s=idle_s, ends=bool(leaving))
+            self._way = Workers(new_chain, max_workers, results=results, idle_s=idle_s, ends=bool(leaving))
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have `fn(*args, **kwargs)` called; return its future."""

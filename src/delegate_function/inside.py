@@ -404,6 +404,7 @@ class _Server:
             flowing = self._input.flowing() if self._input else contextlib.nullcontext()
             with flowing, reporting.through(self._channel.send):
                 value = getattr(obj, method)(*arguments, **keywords)
+            del arguments, keywords
         except BaseException as error:
             self._error = _described(error)
             if self._as_data:

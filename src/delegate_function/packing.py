@@ -22,7 +22,7 @@ class Payload:
 
     def __init__(self, call: list[memoryview], inputs: Sequence[str], root: int) -> None:
         self.parts: list[dict[str, Any]] = [{"kind": "call", "size": sum(map(len, call))}]
-        self._call = call
+        self._call = call[::-1]
         self._files: list[int] = []
         try:
             for path in inputs:
@@ -40,8 +40,9 @@ class Payload:
             raise CallNotSent(f"the call has {total} bytes; at most {frames.MAX_TRANSFER} travel", size=total)
 
     def chunks(self) -> Iterator[memoryview | bytes]:
-        """Yield the bytes of all parts in pieces that fit a frame."""
-        for piece in self._call:
+        """Yield the bytes of all parts in pieces that fit a frame, once: what was sent is not kept."""
+        while self._call:
+            piece = self._call.pop()
             for start in range(0, len(piece), frames.CHUNK):
                 yield piece[start : start + frames.CHUNK]
         for fd, part in zip(self._files, self.parts[1:], strict=True):

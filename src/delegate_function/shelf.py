@@ -1,8 +1,8 @@
 """Where detached calls and their results lie in the user's home, and can be found again.
 
 Everything of one submission lies in one directory below `~/.delegate_function/detached`, each of them of mode 0700: in
-`job` is the job's number, in `calls` what is called, and `N.call`, `N.result` and `N.log` belong to task N of the job
-array, or 0 where there is only one call.
+`job` is the job's number, in `calls` what is called and what results travel as, and `N.call`, `N.result` and `N.log`
+belong to task N of the job array, or 0 where there is only one call.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class Record:
         try:
             with opened(self.directory) as root:
                 file = detached.open_to_read(root, f"{self.number}.result")
-                call.seconds = os.fstat(file.fileno()).st_mtime - _described(root)["submitted"]
+                described = _described(root)
+                call.seconds = os.fstat(file.fileno()).st_mtime - described["submitted"]
         except (files.FileError, OSError) as error:
             raise HopFailed(f"the result of job {self.job_id} cannot be read: {error}") from error
         call.job_id = self.job_id
         with file:
-            return caller.replay(detached.read(file), call)
+            return caller.replay(detached.read(file), call, results=described["results"])
 
     def loss(self) -> DelegateFunctionException:
         """Return why there is no result and will be none."""

@@ -7,7 +7,7 @@ import re
 _SEQUENCE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, cursor, keys (ECMA-48, 5.4)
     r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90-\x9f]*(?:\x07|\x1b\\|\x9c)"  # titles, links, clipboard (5.6)
-    r"|\x1b[ -/]*[0-Z\\^-~]"
+    r"|\x1b[ -/]*[0-OQ-WYZ\\`-~]"  # the others (ECMA-35, 13.2)
 )
 _BEGUN = re.compile(r"[\x1b\x90\x98\x9b\x9d-\x9f][^\x1b\x90-\x9f]{0,255}\x1b?\Z")
 _OBEYED = re.compile(

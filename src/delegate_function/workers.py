@@ -42,7 +42,7 @@ class Place(Protocol):
     def wait(self) -> None:
         """Return when calls can be made."""
 
-    def call(self, obj: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, obj: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, results: str) -> Any:
         """Make a call."""
 
     def cancel(self) -> None:
@@ -72,8 +72,8 @@ class Unleased:
     def wait(self) -> None:
         pass
 
-    def call(self, obj: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._delegate.call(obj, method, args, kwargs)
+    def call(self, obj: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, results: str) -> Any:
+        return self._delegate.call(obj, method, args, kwargs, results=results)
 
     def cancel(self) -> None:
         if call := self.last_call:
@@ -96,9 +96,17 @@ class Workers:
     """A few threads, started as calls come, that have a place each and make one call after another there."""
 
     def __init__(
-        self, new_place: Callable[[], Place], most: int, *, idle_s: float, turn_s: float = math.inf, ends: bool = True
+        self,
+        new_place: Callable[[], Place],
+        most: int,
+        *,
+        results: str,
+        idle_s: float,
+        turn_s: float = math.inf,
+        ends: bool = True,
     ) -> None:
         self.new_place = new_place
+        self.results = results
         self.idle_s = idle_s
         self.turn_s = turn_s
         self.ends_running_calls = ends
@@ -347,7 +355,7 @@ class _Worker(threading.Thread):
             return False
         try:
             # A module has no state that would come back after the call.
-            value = place.call(operator, "call", task.arguments, task.keywords)
+            value = place.call(operator, "call", task.arguments, task.keywords, results=self._workers.results)
         except BaseException as error:  # also one that would end a process: it is for who asked for the call
             if isinstance(error, LeaseEnded) and place.is_over:  # otherwise the call itself raised it
                 raise

@@ -21,7 +21,9 @@ from delegate_function import (
     JobError,
     JobRejected,
     NodeFailed,
+    RemoteError,
     RemoteTraceback,
+    ResultNotReturned,
     SlurmDelegate,
     SubprocessDelegate,
     TemporaryDirectoryDelegate,
@@ -177,6 +179,21 @@ def shelf() -> Path:
 
 def asleep(naps: Path) -> list[int]:
     return [int(file.name) for file in naps.iterdir()]
+
+
+def test_code_that_is_not_trusted_returns_data_also_to_who_reattaches(
+    chain: BaseDelegate, capfd: pytest.CaptureFixture[str]
+) -> None:
+    executor = Executor(chain, detached=True, results="data")
+    futures = [executor.submit(speak, "\x1b[1mword"), executor.submit(fail), executor.submit(set)]
+    again = [Executor.reattach(future.job_id) for future in futures]
+    for spoken, failed, unsent in (futures, again):
+        assert spoken.result(20) == "\x1b[1MWORD"
+        with pytest.raises(RemoteError, match="LookupError: here"):
+            failed.result(20)
+        with pytest.raises(ResultNotReturned, match="result is a set"):
+            unsent.result(20)
+    assert capfd.readouterr() == ("word\n" * 2, "and word\n" * 2)
 
 
 def test_value_output_and_what_is_known_come_back(

@@ -22,7 +22,10 @@ from delegate_function import (
     Executor,
     JobRejected,
     LeaseEnded,
+    RemoteError,
+    ResultNotReturned,
     SlurmDelegate,
+    SourceCode,
     SubprocessDelegate,
     TrivialDelegate,
     workers,
@@ -319,6 +322,17 @@ def test_what_cannot_be_pickled_is_said_and_the_next_call_runs(executor: Executo
     assert executor.submit(square, 2).result(20) == 4
 
 
+@pytest.mark.parametrize("leased", [True, False])
+def test_code_that_is_not_trusted_returns_data(chain: BaseDelegate, leased: bool) -> None:
+    source = SourceCode("def pair(x): return x, {'x': [x]}")
+    with Executor(chain if leased else SubprocessDelegate(), results="data") as executor:
+        assert executor.submit(source.run, "pair", 2).result(20) == (2, {"x": [2]})
+        with pytest.raises(RemoteError, match="LookupError: here"):
+            executor.submit(fail, LookupError("here")).result(20)
+        with pytest.raises(ResultNotReturned, match="result is a set"):
+            executor.submit(set).result(20)
+
+
 def test_shutdown_without_waiting_lets_calls_end(chain: BaseDelegate, naps: Path) -> None:
     executor = Executor(chain, max_workers=1)
     first = executor.submit(nap, naps, 0.5)
@@ -410,6 +424,7 @@ def test_forked_process_has_no_part_in_it(executor: Executor, naps: Path) -> Non
         {"turn_s": float("inf")},
         {"seconds": True},
         {"results": "yaml"},
+        {"results": "data", "delegate": TrivialDelegate()},
         {"delegate": SubprocessDelegate(interactive=True)},
     ],
 )
