@@ -182,10 +182,15 @@ def check(cluster):
     return checks.main(cluster.config)
 
 
-@cluster_task(help={"only": "paths or options for pytest"})
-def test(cluster, only=""):  # noqa: PT028
+@cluster_task(
+    help={
+        "only": "paths or options for pytest; with --prove, numbers of attacks or parts of their tests' names",
+        "prove": "weaken the cluster, attack by attack, and see each of tests/attacks fail",
+    }
+)
+def test(cluster, only="", prove=False):  # noqa: PT028
     """Run all tests, on the cluster that is up."""
-    return checks.test(cluster.config, only.split())
+    return checks.prove(cluster.config, only.split()) if prove else checks.test(cluster.config, only.split())
 
 
 @cluster_task(help={"which": "latency, fidelity, or cluster, which takes the cluster down and up several times"})

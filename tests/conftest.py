@@ -62,12 +62,17 @@ def cluster() -> LiveCluster:
 
 
 @pytest.fixture
-def left_as_found(cluster: LiveCluster) -> Iterator[None]:
-    """Prove that the cluster is idle before a test and after it; a failed one leaves nothing to the next."""
-    cluster.wait_until_idle(timeout_s=90)
+def left_idle(cluster: LiveCluster) -> Iterator[None]:
+    """Prove that a test leaves the cluster idle; a failed one leaves nothing to the next."""
     yield
     try:
         cluster.wait_until_idle(timeout_s=60)
     except AssertionError:
         cluster.cancel_all()
         raise
+
+
+@pytest.fixture
+def left_as_found(cluster: LiveCluster, left_idle: None) -> None:
+    """Prove that the cluster is idle before a test and after it."""
+    cluster.wait_until_idle(timeout_s=90)

@@ -29,8 +29,8 @@ def program(text: str, *, through_slurm: bool, seconds: float = 60) -> str:
     return f"{_CALL}\nprint(json.dumps({_invoke(text, through_slurm, seconds)}))"
 
 
-def _invoke(text: str, through_slurm: bool, seconds: float) -> str:
-    sandbox = f"SandboxDelegate(seconds={seconds}, memory_mb={MEMORY_MB})"
+def _invoke(text: str, through_slurm: bool, seconds: float, memory_mb: int = MEMORY_MB) -> str:
+    sandbox = f"SandboxDelegate(seconds={seconds}, memory_mb={memory_mb})"
     delegate = f"SlurmDelegate({sandbox})" if through_slurm else sandbox
     return f"{delegate}.invoke(Call(), 'run', {text!r})"
 
@@ -43,11 +43,13 @@ class Abuse:
         text: what the call does.
         error: a class of the exception that its caller sees.
         message: a part of the exception's text.
+        memory_mb: what the call asks for.
     """
 
     text: str
     error: str
     message: str
+    memory_mb: int = MEMORY_MB
 
     @property
     def outcome(self) -> str:
@@ -61,7 +63,7 @@ began = time.monotonic()
 kinds, said = ["nothing"], ""
 with contextlib.redirect_stdout(io.StringIO()):
     try:
-        {_invoke(self.text, through_slurm, SECONDS)}
+        {_invoke(self.text, through_slurm, SECONDS, self.memory_mb)}
     except BaseException as error:
         kinds, said = [kind.__name__ for kind in type(error).__mro__], str(error)
 seconds = time.monotonic() - began
@@ -95,16 +97,36 @@ while True:
         pass
 """
 
+_CHILDREN = """
+import os, signal, time
+children = []
+try:
+    for _ in range(1000):
+        children.append(os.fork())
+        if children[-1] == 0:
+            time.sleep(600)
+finally:
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+"""
+
 _THREADS = """
 import threading, time
-for _ in range(10000):
+for _ in range(1000):
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 """
 
 _FILL = """
-for number in range(10000):
+for number in range(75):
     with open(f"{directory}/{{number}}", "wb") as file:
         file.write(bytes(8 << 20))
+"""
+
+_RESERVE = """
+import os
+for number in range(75):
+    with open(f"/tmp/{number}", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 16 << 20)
 """
 
 _INODES = """
@@ -140,11 +162,13 @@ ABUSES = {
     "memory": Abuse(f"bytearray({2 * MEMORY_MB} << 20)", "LimitExceeded", f"memory limit of {MEMORY_MB} MB"),
     "shared memory": Abuse(_FILL.format(directory="/dev/shm"), "Exception", ""),
     "files in memory": Abuse(_FILL.format(directory="/tmp"), "Exception", ""),
+    "files": Abuse(_RESERVE, "OSError", "No space left", memory_mb=2048),
     "sleep": Abuse("import time; time.sleep(600)", "LimitExceeded", _TIME),
     "loop": Abuse("while True: pass", "LimitExceeded", _TIME),
     "deaf and detached": Abuse(_DEAF, "LimitExceeded", _TIME),
     "stopped": Abuse("import os, signal; os.kill(0, signal.SIGSTOP)", "LimitExceeded", _TIME),
     "fork bomb": Abuse(_FORKS, "LimitExceeded", _TIME),
+    "processes": Abuse(_CHILDREN, "BlockingIOError", "Resource temporarily unavailable"),
     "thread bomb": Abuse(_THREADS, "RuntimeError", "can't start new thread"),
     "inodes": Abuse(_INODES, "OSError", "No space left"),
     "sparse terabyte": Abuse(_SPARSE, "OSError", "File too large"),

@@ -68,7 +68,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     """Sweep what an earlier agent left, then serve until a signal; leave no sandbox behind."""
     from agent.engine import Engine, EngineError
     from agent.grants import Grants
-    from agent.policy import PolicyError, load
+    from agent.policy import COMPILER, SANDBOX, PolicyError, load
     from agent.sandboxes import Sandboxes
     from agent.server import Server
 
@@ -76,7 +76,11 @@ def serve(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        policy = load(options.policy, sandbox_image=os.environ.get("SANDBOX_IMAGE", "cfiddle-sandbox"))
+        policy = load(
+            options.policy,
+            sandbox_image=os.environ.get("SANDBOX_IMAGE", SANDBOX),
+            compiler_image=os.environ.get("COMPILER_IMAGE", COMPILER),
+        )
         options.sandboxes.mkdir(mode=0o700, parents=True, exist_ok=True)
         options.sandboxes.chmod(0o700)
         sandboxes = Sandboxes(Engine(options.engine), options.sandboxes, cgroups=options.cgroups)

@@ -18,6 +18,8 @@ import yaml
 VERSION = 1
 MAX_SIZE = 64 * 1024
 JOBS_CPUS = "job"
+SANDBOX, COMPILER = "cfiddle-sandbox", "cfiddle-compiler"
+"""What a policy calls the cluster's own images, whatever they are tagged."""
 
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9./:@_-]{0,511}")
@@ -122,11 +124,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(path: Path, *, sandbox_image: str) -> Policy:
+def load(path: Path, *, sandbox_image: str = SANDBOX, compiler_image: str = COMPILER) -> Policy:
     """Read and check the policy.
 
     Args:
-        sandbox_image: the image of profiles that name none.
+        sandbox_image, compiler_image: what SANDBOX, which profiles have that name none, and COMPILER stand for.
 
     Raises:
         PolicyError: it cannot be read, or something in it is wrong.
@@ -137,12 +139,12 @@ def load(path: Path, *, sandbox_image: str) -> Policy:
     except OSError as error:
         raise PolicyError(f"{path}: {error.strerror}") from error
     try:
-        return parse(content, sandbox_image=sandbox_image)
+        return parse(content, sandbox_image=sandbox_image, compiler_image=compiler_image)
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from error
 
 
-def parse(content: bytes, *, sandbox_image: str) -> Policy:
+def parse(content: bytes, *, sandbox_image: str = SANDBOX, compiler_image: str = COMPILER) -> Policy:
     """Return the policy that a file's content says; arguments and errors are those of `load`."""
     if len(content) > MAX_SIZE:
         raise PolicyError(f"more than {MAX_SIZE} bytes")
@@ -157,20 +159,21 @@ def parse(content: bytes, *, sandbox_image: str) -> Policy:
     profiles = top["profiles"]
     if not isinstance(profiles, dict) or not profiles:
         raise PolicyError("profiles must name at least one profile")
+    images = {SANDBOX: sandbox_image, COMPILER: compiler_image}
     return Policy(
         calls_at_once=_whole(calls["at_once"], "calls.at_once", 1, 4096),
         calls_per_user=_whole(calls["per_user"], "calls.per_user", 1, 4096),
-        profiles={name: _profile(name, value, sandbox_image) for name, value in profiles.items()},
+        profiles={name: _profile(name, value, images) for name, value in profiles.items()},
     )
 
 
-def _profile(name: object, value: object, sandbox_image: str) -> Profile:
+def _profile(name: object, value: object, images: Mapping[str, str]) -> Profile:
     if not isinstance(name, str) or not _PROFILE_NAME.fullmatch(name):
         raise PolicyError(f"profile {name!r}: a name has up to 32 of a-z, 0-9, - and _")
     where = f"profiles.{name}"
     optional = {"image", "pool", "counters", "mounts", "network"}
     entry = _mapping(value, where, required={"command", "limits"}, optional=optional)
-    image = entry.get("image", sandbox_image)
+    image = entry.get("image", SANDBOX)
     if not isinstance(image, str) or not _IMAGE.fullmatch(image):
         raise PolicyError(f"{where}.image is {image!r}, not an image's reference")
     command = entry["command"]
@@ -183,7 +186,7 @@ def _profile(name: object, value: object, sandbox_image: str) -> Profile:
         raise PolicyError(f"{where}.network is {entry['network']!r}; a sandbox has none")
     return Profile(
         name,
-        image,
+        images.get(image, image),
         tuple(command),
         _limits(entry["limits"], f"{where}.limits"),
         pool=_whole(entry.get("pool", 0), f"{where}.pool", 0, _MAX_POOL),

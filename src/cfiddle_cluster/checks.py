@@ -73,6 +73,14 @@ def benchmark(config: Config, which: str) -> int:
     return subprocess.run(argv, cwd=config.root, check=False).returncode
 
 
+def prove(config: Config, arguments: Sequence[str]) -> int:
+    """Weaken the cluster that is up, attack by attack, and see each succeed; return 1 if one did not."""
+    packages.ensure_test_commands()
+    sys.stdout.flush()
+    argv = [sys.executable, "tests/prove.py", *arguments]
+    return subprocess.run(argv, cwd=config.root, check=False).returncode
+
+
 def shell_scripts(root: Path) -> list[Path]:
     """Return the checkout's shell scripts, by name or by first line."""
     return [path for path in _files(root) if path.suffix == ".sh" or _first_line(path) in _SHELLS]

@@ -72,6 +72,7 @@ IMAGES = {
         ),
         Image("agent", sources=("src/agent",), roles=_WORKER),
         Image("sandbox", parent="base", sources=("src/delegate_function", "requirements/sandbox.lock"), roles=_WORKER),
+        Image("compiler", parent="sandbox", roles=_WORKER),
         Image(
             "user",
             sources=(

@@ -34,7 +34,7 @@ from cfiddle_cluster.wait import wait_until
 
 SECRETS = ("munge-key", "database-password", "jupyter-token")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
-IMAGES = ("mysql", "cluster", "agent", "sandbox", "user")
+IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "user")
 
 WORKER_SERVICES = ("slurmd", "agent")
 """The services that a job runs in: never replaced while one does."""
@@ -62,7 +62,7 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
             become healthy.
     """
-    _check_policy(config.root, references["sandbox"])
+    _check_policy(config.root, references)
     _check_port(config.jupyter_port)
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
@@ -137,10 +137,10 @@ def _ensure_secrets(state: State) -> dict[str, str]:
     return names
 
 
-def _check_policy(root: Path, sandbox_image: str) -> None:
+def _check_policy(root: Path, references: Mapping[str, str]) -> None:
     """Find out here what every agent would find out after it was replaced."""
     try:
-        policy.load(root / "policy.yaml", sandbox_image=sandbox_image)
+        policy.load(root / "policy.yaml", sandbox_image=references["sandbox"], compiler_image=references["compiler"])
     except policy.PolicyError as error:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 

@@ -26,6 +26,8 @@ _IMAGE_OF = {
     "userhost": "user",
     "registry": "registry",
 }
+# What the agent makes containers of, by the setting that tells it which.
+_IN_THE_AGENT = {"SANDBOX_IMAGE": "sandbox", "COMPILER_IMAGE": "compiler"}
 
 
 def main(config: Config, state: State, *, as_json: bool = False) -> int:
@@ -208,15 +210,16 @@ def _images(config: Config) -> list[dict[str, str]]:
         built = images.built(config)
     except ClusterError:
         return []
-    running: dict[str, set[str]] = {name: set() for name in (*_IMAGE_OF.values(), "sandbox")}
+    running: dict[str, set[str]] = {name: set() for name in (*_IMAGE_OF.values(), *_IN_THE_AGENT.values())}
     for service in _all_services():
         specification = service.attrs["Spec"]["TaskTemplate"]["ContainerSpec"]
         name = _short(str(service.name))
         if name in _IMAGE_OF:
             running[_IMAGE_OF[name]].add(specification["Image"])
         for variable in specification.get("Env") or []:
-            if variable.startswith("SANDBOX_IMAGE="):
-                running["sandbox"].add(variable.partition("=")[2])
+            setting, _, value = variable.partition("=")
+            if setting in _IN_THE_AGENT:
+                running[_IN_THE_AGENT[setting]].add(value)
     found = []
     for name, references in running.items():
         identity = _image_id(built[name])

@@ -18,6 +18,7 @@ TYPE_CHECKING = False  # the module `typing` takes longer to load than all that 
 if TYPE_CHECKING:
     from typing import Any
 
+    from delegate_function.batches import DetachedFuture as DetachedFuture
     from delegate_function.callinfo import CallInfo as CallInfo
     from delegate_function.delegates import BaseDelegate as BaseDelegate
     from delegate_function.delegates import DelegateChain as DelegateChain
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from delegate_function.errors import CallNotSent as CallNotSent
     from delegate_function.errors import ConfigurationError as ConfigurationError
     from delegate_function.errors import ConnectionLost as ConnectionLost
+    from delegate_function.errors import CountersUnavailable as CountersUnavailable
     from delegate_function.errors import DelegateFunctionException as DelegateFunctionException
     from delegate_function.errors import HopFailed as HopFailed
     from delegate_function.errors import JobCancelled as JobCancelled
@@ -51,16 +53,25 @@ if TYPE_CHECKING:
     from delegate_function.errors import ResultNotReturned as ResultNotReturned
     from delegate_function.errors import SandboxRefused as SandboxRefused
     from delegate_function.errors import VersionMismatch as VersionMismatch
+    from delegate_function.executor import Executor as Executor
+    from delegate_function.fingerprint import OversubscribedNode as OversubscribedNode
+    from delegate_function.fingerprint import UnlikeNodes as UnlikeNodes
+    from delegate_function.fingerprint import differences as differences
+    from delegate_function.futures import Future as Future
     from delegate_function.generator import DelegateGenerator as DelegateGenerator
     from delegate_function.generator import LateBoundYAMLDelegate as LateBoundYAMLDelegate
     from delegate_function.generator import YAMLDelegate as YAMLDelegate
     from delegate_function.leases import Lease as Lease
     from delegate_function.leases import lease as lease
+    from delegate_function.reporting import progress as progress
+    from delegate_function.shelf import DetachedCall as DetachedCall
+    from delegate_function.source import SourceCode as SourceCode
     from delegate_function.testing import PDBClass as PDBClass
     from delegate_function.testing import ShellCommandClass as ShellCommandClass
     from delegate_function.testing import TestClass as TestClass
 
 _MODULES = {
+    "batches": ["DetachedFuture"],
     "callinfo": ["CallInfo"],
     "delegates": [
         "BaseDelegate",
@@ -81,6 +92,7 @@ _MODULES = {
         "CallNotSent",
         "ConfigurationError",
         "ConnectionLost",
+        "CountersUnavailable",
         "DelegateFunctionException",
         "HopFailed",
         "JobCancelled",
@@ -98,8 +110,14 @@ _MODULES = {
         "SandboxRefused",
         "VersionMismatch",
     ],
+    "executor": ["Executor"],
+    "futures": ["Future"],
+    "fingerprint": ["OversubscribedNode", "UnlikeNodes", "differences"],
     "generator": ["DelegateGenerator", "LateBoundYAMLDelegate", "YAMLDelegate"],
     "leases": ["Lease", "lease"],
+    "reporting": ["progress"],
+    "shelf": ["DetachedCall"],
+    "source": ["SourceCode"],
     "testing": ["PDBClass", "ShellCommandClass", "TestClass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,4 +1,7 @@
-"""`delegate-function-run`: serve a call over standard input and output, or one that lies in a file."""
+"""`delegate-function-run`: serve a call over standard input and output, or one that lies in a file.
+
+`delegate-function-run --detached DIRECTORY` is the program of a batch job, see `detached`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from delegate_function import hop
+from delegate_function import detached, hop
 
 
 def main() -> None:
     """Run what the command line says."""
     if len(sys.argv) == 1 and not sys.stdin.isatty():
         hop.main()
+    if sys.argv[1:2] == ["--detached"]:
+        detached.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(
         prog="delegate-function-run",
         description="Serve one call: over standard input and output when nothing is given, or from a file.",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from delegate_function import __version__, files, frames, hop, launch, remote, steps
+from delegate_function import __version__, data, files, frames, hop, launch, remote, steps, terminal
 from delegate_function.callinfo import CallInfo
 from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import (
@@ -22,6 +22,7 @@ from delegate_function.errors import (
 )
 from delegate_function.packing import Payload, encoded, pack
 from delegate_function.returned import Output, Result, unpack
+from delegate_function.waiting import Display
 
 
 def call(
@@ -33,6 +34,7 @@ def call(
     *,
     inputs: Iterable[str | os.PathLike[str]] = (),
     outputs: Iterable[str | os.PathLike[str]] = (),
+    results: str = data.PICKLE,
     info: CallInfo,
     done: int = 0,
     directory: str | None = None,
@@ -44,6 +46,8 @@ def call(
     Args:
         hops: descriptions as the delegates give them, at least one.
         inputs, outputs: files, relative to the working directory, that go with the call and come back from it.
+        results: "data" for a value of code that is not trusted: nothing that comes is opened as a pickle, exceptions
+            come as text, `obj` stays as it is.
         info: is filled with what becomes known of the call.
         done: how many hops of the chain were taken in this process.
         directory: where the call runs, if that can be entered there; the working directory if it is not given.
@@ -60,24 +64,20 @@ def call(
         raise CallNotSent(str(error)) from error
     root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     payload: Payload | None = None
-    result = Result(output_paths, root)
+    result = Result(output_paths, root, results)
     packages: dict[str, str] = {}
     try:
         payload = Payload(pack(obj, method, arguments, keywords, packages), input_paths, root)
-        spec = {
-            "v": frames.VERSION,
-            "version": __version__,
-            "python": list(sys.version_info[:3]),
-            "packages": packages,
-            "hops": encoded(hops),
-            "hop": done,
-            "of": done + steps.count(hops),
-            "parts": payload.parts,
-            "outputs": output_paths,
-            "directory": directory or str(Path.cwd()),
-            "path": [str(Path(entry).absolute()) for entry in sys.path],
-            "interactive": interactive,
-        }
+        spec = header(
+            hops,
+            payload,
+            packages,
+            outputs=output_paths,
+            results=results,
+            done=done,
+            directory=directory,
+            interactive=interactive,
+        )
         _travel(spec, payload, result, info, conversation)
         result.finish()
     except files.FileError as error:
@@ -86,6 +86,8 @@ def call(
         raise HopFailed(f"sent what does not belong there: {error}", where=info.where) from error
     except DelegateFunctionException as error:
         error.call = info
+        if result.as_data:
+            error.message = terminal.clean(error.message)
         raise
     finally:
         result.discard()
@@ -94,6 +96,54 @@ def call(
         os.close(root)
         info.seconds = time.monotonic() - started
     return unpack(result, obj, info)
+
+
+def header(
+    hops: list[dict[str, Any]],
+    payload: Payload,
+    packages: dict[str, str],
+    *,
+    outputs: Sequence[str] = (),
+    results: str = data.PICKLE,
+    done: int = 0,
+    directory: str | None = None,
+    interactive: bool = False,
+) -> dict[str, Any]:
+    """Return what goes before a payload: all that hops and the far side are told of a call; arguments as for `call`."""
+    return {
+        "v": frames.VERSION,
+        "version": __version__,
+        "python": list(sys.version_info[:3]),
+        "packages": packages,
+        "hops": encoded(hops),
+        "hop": done,
+        "of": done + steps.count(hops),
+        "parts": payload.parts,
+        "outputs": list(outputs),
+        "results": results,
+        "directory": directory or str(Path.cwd()),
+        "path": [str(Path(entry).absolute()) for entry in sys.path],
+        "interactive": interactive,
+    }
+
+
+def replay(heard: Iterator[tuple[bytes, bytes]], info: CallInfo, *, results: str) -> Any:
+    """Return the value of a call of which all that was heard is written down, or raise what it raised."""
+    result = Result((), -1, results)
+    output = Output(clean=result.as_data)
+    try:
+        for event in heard:
+            if _take(event, output, result, info):
+                break
+        else:
+            raise frames.ProtocolError("a call without its end")
+        result.finish()
+    except frames.ProtocolError as error:
+        raise HopFailed(f"what is written down of the call is no call: {error}", where=info.where) from error
+    except DelegateFunctionException as error:
+        error.call = info
+        raise
+    return unpack(result, None, info)
 
 
 def _standard_input() -> int:
@@ -117,40 +167,50 @@ def _travel(
     if conversation is None:
         where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
         conversation = Conversation(lambda: launch.start_process(first, where), where)
-    exchange = conversation.begin(spec, payload.chunks(), keys_fd)
-    output = Output()
+    exchange = info.exchange = conversation.begin(spec, payload.chunks(), keys_fd)
     try:
-        _consume(exchange, output, result, info)
+        with Display(exchange, conversation, info, silent=spec["interactive"]) as display:
+            _consume(exchange, display, result, info)
     except BaseException:
         # Also Ctrl-C, and a stream that cannot be written: nobody waits for the call any more.
         exchange.cancel()
         raise
-    exchange.join()
+    finally:
+        info.exchange = None
 
 
-def _consume(exchange: Exchange, output: Output, result: Result, info: CallInfo) -> None:
+def _consume(exchange: Exchange, display: Display, result: Result, info: CallInfo) -> None:
+    output = Output(display.give_way, clean=result.as_data)
     while True:
-        event = exchange.events.get()
+        event = display.next_event()
         if isinstance(event, DelegateFunctionException):
             output.finish()
             event.output_tail = output.tail
             raise event
-        kind, content = event
-        if kind in (frames.OUT, frames.ERR):
-            output.write(kind, content)
-            exchange.used(kind, len(content))
-        elif kind == frames.DATA:
-            result.take(content)
-            exchange.used(kind, len(content))
-        elif kind == frames.RESULT:
-            result.begin(frames.decode_json(content))
-        elif kind == frames.HELLO:
-            info.greet(frames.decode_json(content))
-        elif kind == frames.INFO:
-            info.inform(frames.decode_json(content))
-        elif kind == frames.ERROR:
-            output.finish()
-            raise from_wire(frames.decode_json(content), output_tail=output.tail)
-        elif kind == frames.END:
-            output.finish()
+        is_last = _take(event, output, result, info)
+        if event[0] in (frames.OUT, frames.ERR, frames.DATA):
+            exchange.used(event[0], len(event[1]))
+        if is_last:
             return
+
+
+def _take(event: tuple[bytes, bytes], output: Output, result: Result, info: CallInfo) -> bool:
+    """Take one frame of what comes back; return whether it was the last."""
+    kind, content = event
+    if kind in (frames.OUT, frames.ERR):
+        output.write(kind, content)
+    elif kind == frames.DATA:
+        result.take(content)
+    elif kind == frames.RESULT:
+        result.begin(frames.decode_json(content))
+    elif kind == frames.HELLO:
+        info.greet(frames.decode_json(content))
+    elif kind == frames.INFO:
+        info.inform(frames.decode_json(content))
+    elif kind == frames.ERROR:
+        output.finish()
+        raise from_wire(frames.decode_json(content), output_tail=output.tail)
+    elif kind == frames.END:
+        output.finish()
+        return True
+    return False

@@ -1,20 +1,19 @@
-"""Let CFiddle run its experiments through a delegate.
+"""Let CFiddle build its executables and run its experiments through delegates.
 
-    from cfiddle import cfiddle_config, run
-    from delegate_function.cfiddle import execution_method
+    from cfiddle import build, cfiddle_config, run
+    from delegate_function.cfiddle import build_method, execution_method
 
-    with cfiddle_config(RunnerDelegate_type=execution_method(CHAIN)):
-        run(executables, "function", arguments)
+    with cfiddle_config(Builder_type=build_method(), RunnerDelegate_type=execution_method()):
+        run(build(SOURCE), "function", arguments)
 
 CFiddle 0.6.1 makes an object of what stands in `RunnerDelegate_type` and calls its `execute(command, runner)` with a
 command that would run the pickled runner in a process here. What an invocation needs (its library, and the runner
-without what only displays things) is packed instead, runs at the end of the chain, and the measurements come back.
+without what only displays things) is packed instead, runs at the end of the chain, and the measurements come back, as
+plain data of which results are made here. What stands in `Builder_type` makes one executable of one source.
 """
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import functools
 import os
 import pickle
@@ -22,17 +21,32 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from delegate_function import steps
-from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
-from delegate_function.errors import ConfigurationError, DelegateFunctionException, ProcessDied
+from delegate_function import counters, steps
+from delegate_function.building import BuildMethod
+from delegate_function.callinfo import CallInfo
+from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate, checked_results
+from delegate_function.errors import (
+    ConfigurationError,
+    CountersUnavailable,
+    ProcessDied,
+    ResultNotReturned,
+    also,
+)
+from delegate_function.experiment import OUTDATED, Experiment, pack
+from delegate_function.fingerprint import OversubscribedNode, UnlikeNodes, differences
 
-_OUTDATED = "pkg_resources is deprecated as an API"
-# CFiddle 0.6.1 says so each time it is imported, and a call imports it where it runs.
-warnings.filterwarnings("ignore", message=_OUTDATED, category=UserWarning)
+COLUMNS = (
+    *("node", "job", "seconds", "wall_s", "user_s", "system_s", "peak_memory_mb"),
+    *("cpu_model", "cores", "cpus", "governor", "boost", "smt", "kernel", "image", "counters"),
+)
+"""What `execution_method(columns=…)` adds to the measurements of a run, where it is known."""
+
 _RUN = "from cfiddle.Runner import invoke_runner; invoke_runner()"
+
+_nodes: list[dict[str, Any]] = []
+"""Fingerprints of the nodes on which this process has measured, of those that are alike only the first."""
 
 
 def execution_method(
@@ -40,21 +54,50 @@ def execution_method(
     *,
     inputs: Iterable[str | os.PathLike[str]] = (),
     outputs: Iterable[str | os.PathLike[str]] = (),
+    columns: Iterable[str] = (),
+    results: str | None = None,
 ) -> ExecutionMethod:
     """Return what CFiddle's `RunnerDelegate_type` takes.
 
     Args:
         config: a delegate, YAML, or the name of a file with YAML; without it, a sandbox on a worker.
         inputs, outputs: files that the measured functions read and write, relative to the working directory.
+        columns: which of COLUMNS the results have beside the measurements. They are the same for all of one run.
+        results: "data" for functions that are not trusted, as in `BaseDelegate.call`: only text and numbers come back,
+            of which CFiddle's results are made here.
     """
-    if config is None:
-        config = DelegateChain(SlurmDelegate, SandboxDelegate)()
-    elif not isinstance(config, BaseDelegate):
-        from delegate_function.generator import DelegateGenerator
+    return ExecutionMethod(_delegate(config, SlurmDelegate, SandboxDelegate), inputs, outputs, columns, results)
 
-        is_text = isinstance(config, str) and "\n" in config
-        config = DelegateGenerator(yaml=str(config)) if is_text else DelegateGenerator(filename=config)
-    return ExecutionMethod(config, inputs, outputs)
+
+def build_method(
+    config: BaseDelegate | str | os.PathLike[str] | None = None,
+    *,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    includes: bool = True,
+) -> BuildMethod:
+    """Return what CFiddle's `Builder_type` takes, so that `build` compiles somewhere else.
+
+    Args:
+        config: a delegate, YAML, or the name of a file with YAML; without it, a sandbox of the profile `build`, on a
+            worker that other jobs may share.
+        inputs: further files that the compiler reads, relative to the working directory.
+        includes: whether a source travels with what it includes, as far as that is found beside it, in the working
+            directory, or by a relative `-I` among the build's parameters. For sources of people whom you do not trust,
+            False: else a source that names a file of yours has it.
+    """
+    shared = functools.partial(SlurmDelegate, partition="shared")
+    return BuildMethod(_delegate(config, shared, functools.partial(SandboxDelegate, profile="build")), inputs, includes)
+
+
+def _delegate(config: BaseDelegate | str | os.PathLike[str] | None, *default: Any) -> BaseDelegate:
+    if config is None:
+        return DelegateChain(*default)()
+    if isinstance(config, BaseDelegate):
+        return config
+    from delegate_function.generator import DelegateGenerator
+
+    is_text = isinstance(config, str) and "\n" in config
+    return DelegateGenerator(yaml=str(config)) if is_text else DelegateGenerator(filename=config)
 
 
 class ExecutionMethod:
@@ -67,10 +110,16 @@ class ExecutionMethod:
         delegate: BaseDelegate,
         inputs: Iterable[str | os.PathLike[str]] = (),
         outputs: Iterable[str | os.PathLike[str]] = (),
+        columns: Iterable[str] = (),
+        results: str | None = None,
     ) -> None:
         self.delegate = delegate
         self._inputs = list(inputs)
         self._outputs = list(outputs)
+        self._results = checked_results(results)
+        self._columns = [columns] if isinstance(columns, str) else list(columns)
+        if unknown := sorted(set(self._columns) - set(COLUMNS)):
+            raise ConfigurationError(f"there is no column {', '.join(unknown)}; there are: {', '.join(COLUMNS)}")
 
     def __call__(self) -> ExecutionMethod:
         return self
@@ -88,46 +137,121 @@ class ExecutionMethod:
         """Run CFiddle's runner through the delegate and leave the results in the file that the command names.
 
         Raises:
-            a DelegateFunctionException that is a CFiddleException too: CFiddle takes any other for a defect of its own
-            and raises a text in its place.
+            a DelegateFunctionException that is a CFiddleException too.
         """
-        try:
-            self._execute(command, runner)
-        except DelegateFunctionException as error:
-            error.__class__ = _known_to_cfiddle(type(error))
-            raise
+        from cfiddle.Exceptions import CFiddleException
 
-    def _execute(self, command: list[str], runner: Any) -> None:
         options = dict(zip(command[1::2], command[2::2], strict=True))
-        if not {"--runner", "--results"} <= options.keys():
-            raise ConfigurationError(f"cannot tell from {command} where CFiddle's runner is and its results belong")
-        if not steps.leaves(self.delegate.compile()):
-            _run_here(options)
-            return
-        invocations = list(runner.get_invocations())
-        packed = _pack(runner, invocations)
-        results = self.delegate.call(_Experiment(packed), "run", inputs=self._inputs, outputs=self._outputs)
-        for result in results if isinstance(results, list) else ():
-            if isinstance(getattr(result, "invocation", None), int):
-                result.invocation = invocations[result.invocation]
+        with also(CFiddleException):
+            if not {"--runner", "--results"} <= options.keys():
+                raise ConfigurationError(f"cannot tell from {command} where CFiddle's runner is and its results belong")
+            leaves = steps.leaves(self.delegate.compile())
+            results = self._run_there(runner) if leaves else self._run_here(options, runner)
         with open(options["--results"], "wb") as file:
             pickle.dump(results, file)
 
+    def _run_there(self, runner: Any) -> Any:
+        invocations = list(runner.get_invocations())
+        packed = pack(runner, invocations)
+        said = self.delegate.call(
+            Experiment(), "run", (packed,), inputs=self._inputs, outputs=self._outputs, results=self._results
+        )
+        info = self.delegate.last_call or CallInfo()
+        try:
+            if "error" in said:
+                return _exception(*said["error"])
+            if "no counters" in said:
+                names, reason = said["no counters"]
+                raise _no_counters(names, reason, info)
+            results = [_result(entry, runner, invocations) for entry in said["results"]]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ResultNotReturned(f"what came back are no results of CFiddle's: {error}", where=info.where) from error
+        _judge(info)
+        return self._collected(results, runner, info)
 
-def _known_to_cfiddle(kind: type[DelegateFunctionException]) -> type[DelegateFunctionException]:
+    def _run_here(self, options: dict[str, str], runner: Any) -> Any:
+        """Do as CFiddle itself: in a process of its own, which a function that crashes takes down alone."""
+        self.delegate.last_call = CallInfo()
+        _run_in_process(options)
+        with open(options["--results"], "rb") as file:
+            results = pickle.load(file)
+        from cfiddle.perfcount import UnknownPerformanceCounter
+
+        names = {name for invocation in runner.get_invocations() for name in invocation.perf_counters}
+        if isinstance(results, UnknownPerformanceCounter) and (reason := counters.unavailable(names)):
+            raise _no_counters(sorted(names), reason, self.delegate.last_call)
+        return results
+
+    def _collected(self, results: list[Any], runner: Any, info: CallInfo) -> Any:
+        known = {**dict.fromkeys(COLUMNS), **info.node, **info.usage}
+        known |= {"node": info.node.get("name") or _last_node(info), "job": info.job_id, "seconds": info.seconds}
+        added = {name: known[name] for name in self._columns}
+        if info.void:
+            added["void"] = info.void
+        for result in results if added else ():
+            result.results = [{**row, **added} for row in result.results or [{}]]
+        collected = runner._result_list_factory()
+        collected.extend(results)
+        return collected
+
+
+def _no_counters(names: list[str], reason: str, info: CallInfo) -> CountersUnavailable:
+    told = str(info.node.get("counters"))
+    if told.startswith(("policy: ", "kernel: ", "machine: ")):
+        reason = told  # by the agent, who knows the profile
+    return CountersUnavailable(f"no counter {', '.join(names)} here, {reason}", where=info.where, reason=reason)
+
+
+def _exception(name: str, arguments: list[str]) -> Exception:
+    """Return the exception of CFiddle's that has this name."""
     from cfiddle.Exceptions import CFiddleException
 
-    known: type[DelegateFunctionException] = type(kind.__name__, (kind, CFiddleException), {"__doc__": kind.__doc__})
-    return known
+    kinds = [CFiddleException]
+    for kind in kinds:  # grows meanwhile
+        kinds += kind.__subclasses__()
+    found: Exception = next((kind for kind in kinds if kind.__name__ == name), CFiddleException)(*arguments)
+    str(found)  # which fails now, not where it is shown, if these are not its arguments
+    return found
 
 
-def _run_here(options: dict[str, str]) -> None:
-    """Do as CFiddle itself: in a process of its own, which a function that crashes takes down alone."""
+def _result(entry: Any, runner: Any, invocations: list[Any]) -> Any:
+    if not isinstance(entry, list):
+        if isinstance(getattr(entry, "invocation", None), int):
+            entry.invocation = invocations[entry.invocation]
+        return entry
+    number, rows, value = entry
+    if not all(isinstance(text, str) for row in rows for pair in row.items() for text in pair):
+        raise TypeError("a measurement is not text")
+    return runner._result_factory(invocation=invocations[number], results=rows, return_value=value)
+
+
+def _judge(info: CallInfo) -> None:
+    """Warn where the measurements of a run cannot be trusted, or compared with earlier ones."""
+    if info.void:
+        warnings.warn(f"{info.void}: these measurements are void", OversubscribedNode, stacklevel=2)
+    if not info.node or any(not differences(earlier, info.node) for earlier in _nodes):
+        return
+    for earlier in _nodes:
+        unlike = [f"{name} is {b}, not {a}" for name, (a, b) in differences(earlier, info.node).items()]
+        warnings.warn(
+            f"{info.node.get('name')} is not like {earlier.get('name')}, where this process measured before: "
+            f"{'; '.join(unlike)}. Do not compare the one's times with the other's",
+            UnlikeNodes,
+            stacklevel=2,
+        )
+    _nodes.append(info.node)
+
+
+def _last_node(info: CallInfo) -> str | None:
+    return info.hops[-1].get("node") if info.hops else None
+
+
+def _run_in_process(options: dict[str, str]) -> None:
     done = subprocess.run(
         [
             sys.executable,
             "-W",
-            f"ignore:{_OUTDATED}:UserWarning",
+            f"ignore:{OUTDATED}:UserWarning",
             "-c",
             _RUN,
             "--runner",
@@ -143,85 +267,3 @@ def _run_here(options: dict[str, str]) -> None:
     sys.stderr.write(done.stderr)
     if done.returncode:
         raise ProcessDied(f"CFiddle's runner ended with status {done.returncode}", exit_status=done.returncode)
-
-
-def _pack(runner: Any, invocations: list[Any]) -> dict[str, Any]:
-    """Return all that is needed to run the invocations somewhere else."""
-    from cfiddle.config import noop_progress_bar, peek_config
-    from cfiddle.Runner import SubprocessDelegate as LocalRunner
-
-    executables: dict[int, Any] = {}
-    libraries: dict[str, bytes] = {}
-    moved = []
-    for invocation in invocations:
-        built = invocation.executable
-        if id(built) not in executables:
-            directory = f"build-{len(executables)}"
-            name = f"{directory}/{Path(built.lib).name}"
-            libraries[name] = Path(built.lib).read_bytes()
-            executable = executables[id(built)] = copy.copy(built)
-            executable.__class__ = _plain(type(built))
-            executable.lib, executable.build_dir = name, directory
-        there = copy.copy(invocation)
-        there.executable = executables[id(built)]
-        moved.append(there)
-    runner = copy.copy(runner)
-    runner._invocations = moved
-    runner._cmd_runner = LocalRunner
-    runner._progress_bar = noop_progress_bar
-    config = peek_config()
-    config["RunnerDelegate_type"] = LocalRunner
-    config["ProgressBar"] = noop_progress_bar
-    config["Executable_type"] = _plain(config["Executable_type"])
-    return {"config": config, "runner": runner, "libraries": libraries}
-
-
-def _plain(kind: type[Any]) -> type[Any]:
-    """Return the class that does the same without a notebook's display."""
-    if not kind.__module__.startswith("cfiddle.jupyter."):
-        return kind
-    from cfiddle.source import InstrumentedExecutable
-
-    plain: type[Any] = InstrumentedExecutable
-    return plain
-
-
-class _Experiment:
-    """A packed runner, to be run in an empty directory somewhere else."""
-
-    def __init__(self, packed: dict[str, Any]) -> None:
-        self._packed: dict[str, Any] | None = packed
-
-    def run(self) -> Any:
-        """Run the invocations; return their results, or the exception of CFiddle's that ended them."""
-        from cfiddle.config import cfiddle_config
-        from cfiddle.Exceptions import CFiddleException
-
-        packed, self._packed = self._packed, None
-        assert packed is not None
-        for name, library in packed["libraries"].items():
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_bytes(library)
-        runner = packed["runner"]
-        _check_loadable()
-        with cfiddle_config(**packed["config"]):
-            try:
-                results = runner._delegated_run()
-            except CFiddleException as error:
-                return error
-        numbers = {id(invocation): number for number, invocation in enumerate(runner.get_invocations())}
-        for result in results:
-            number = numbers.get(id(getattr(result, "invocation", None)))
-            if number is not None:
-                result.invocation = number
-        return results
-
-
-def _check_loadable() -> None:
-    try:
-        ctypes.CDLL("libcfiddle.so")
-    except OSError as error:
-        raise ConfigurationError(
-            f"CFiddle's library cannot be loaded on {os.uname().nodename}: {error}; the dynamic linker there must know "
-            "the directory that `cfiddle-lib-path` prints"
-        ) from error

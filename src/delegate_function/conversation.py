@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from delegate_function import frames, hop, launch
-from delegate_function.errors import CallCancelled, DelegateFunctionException, HopFailed, LeaseEnded, from_wire
+from delegate_function.errors import (
+    CallCancelled,
+    CallNotSent,
+    DelegateFunctionException,
+    HopFailed,
+    LeaseEnded,
+    from_wire,
+)
 
 _CANCELLED_S = 2.0
 _GIVE_BACK = frames.encode(frames.OVER)
@@ -25,6 +32,7 @@ class Exchange:
 
     Attributes:
         number: of the first hop, by which its greeting is known.
+        progress: how many of how many steps the call has done, if it says so.
     """
 
     def __init__(
@@ -35,7 +43,11 @@ class Exchange:
         conversation: Conversation,
     ) -> None:
         self.events: queue.SimpleQueue[tuple[bytes, bytes] | DelegateFunctionException] = queue.SimpleQueue()
-        self.header = frames.encode_json(frames.SPEC, spec)
+        self.progress: tuple[int, int] | None = None
+        try:
+            self.header = frames.encode_json(frames.SPEC, spec)
+        except frames.ProtocolError as error:
+            raise CallNotSent(f"what describes the call, its files' names above all, is too much: {error}") from error
         self.number: int = spec["hop"]
         self.ended = threading.Event()
         self._conversation = conversation
@@ -55,10 +67,6 @@ class Exchange:
     def cancel(self) -> None:
         """End the call, wherever it is; return when nothing of it is under way any more."""
         self._conversation.cancel(self)
-
-    def join(self) -> None:
-        """Wait for the end of what served the call alone."""
-        self._conversation.over(self)
 
     def input_fd(self) -> int | None:
         """Return the descriptor of the caller's standard input, if some of it may be sent now."""
@@ -96,6 +104,9 @@ class Exchange:
             elif stream == frames.INPUT_STREAM:
                 self._keys_budget += count
             return False
+        if kind == frames.PROGRESS:
+            self.progress = frames.decode_progress(content)
+            return False
         if kind in (frames.OUT, frames.ERR):
             self._output.arrived(len(content))
         elif kind == frames.DATA:
@@ -121,6 +132,7 @@ class Conversation:
         self.process: launch.Process | None = None
         self.where = where
         self.greeted = threading.Event()
+        self.decided = threading.Event()
         self.failure: DelegateFunctionException | None = None
         self._start = start
         self._hold = hold
@@ -130,8 +142,9 @@ class Conversation:
         self._lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
-        # A lease that nobody gives back ends with the interpreter; a call is waited for.
-        self._thread = threading.Thread(target=self._run, name="delegate_function call", daemon=hold is not None)
+        # A lease that nobody gives back ends with the interpreter; a call is waited for if the thread that makes it is.
+        daemon = True if hold is not None else None
+        self._thread = threading.Thread(target=self._run, name="delegate_function call", daemon=daemon)
         self._thread.start()
 
     def begin(self, spec: dict[str, Any], chunks: Iterator[memoryview | bytes], keys_fd: int | None) -> Exchange:
@@ -156,6 +169,11 @@ class Conversation:
         return error
 
     @property
+    def job_id(self) -> str | None:
+        """The number of the first hop's job, as soon as it is known, also while the job waits."""
+        return self.process.number if isinstance(self.process, launch.Job) else None
+
+    @property
     def is_over(self) -> bool:
         """Say whether the process has ended, or is about to."""
         return self._over
@@ -173,20 +191,14 @@ class Conversation:
             if exchange.ended.wait(_CANCELLED_S):
                 return
         else:
-            exchange.events.put(CallCancelled("the call was cancelled before its job ran", where=self.where))
+            when = "" if self.greeted.is_set() else " before it ran"
+            exchange.events.put(CallCancelled(f"the call was cancelled{when}", where=self.where))
         self.close()
 
     def cancel_call(self) -> None:
         """End the call that is under way, if there is one."""
         if exchange := self._exchange:
             self.cancel(exchange)
-
-    def over(self, exchange: Exchange) -> None:
-        """Return when what served a call that has come back is ready for the next, or has ended."""
-        if self._hold is not None:
-            exchange.ended.wait()
-        else:
-            self._thread.join()
 
     def close(self) -> None:
         """End the process and all that hangs on it; return when this has been done."""
@@ -229,6 +241,7 @@ class Conversation:
             for exchange in waiting:
                 exchange.events.put(self.failure or self.ended())
                 exchange.ended.set()
+            self.decided.set()
 
     def _talk(self) -> None:
         process = self.process = self._start()
@@ -287,12 +300,11 @@ class Conversation:
                     raise from_wire(frames.decode_json(content))
                 continue  # it was under way when its call was cancelled
             if self._exchange.hear(kind, content):
-                if self._hold is None:
-                    process.close()
-                    self._exchange = None
-                    return False
                 self._exchange.ended.set()
                 self._exchange = None
+                if self._hold is None:
+                    process.close()  # the caller goes on meanwhile: Slurm takes 10 ms to end a job
+                    return False
         return True
 
     def _greet(self, process: launch.Process, greeting: dict[str, Any]) -> bool:
@@ -301,4 +313,5 @@ class Conversation:
             self.where = str(greeting.get("where"))
             process.job_id = greeting.get("job")
             self.greeted.set()
+            self.decided.set()
         return bool(greeting.get("lease"))

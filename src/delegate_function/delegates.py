@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from delegate_function import caller, files, hop, remote, slurm, steps
+from delegate_function import caller, data, files, hop, remote, slurm, steps
 from delegate_function.callinfo import CallInfo
 from delegate_function.conversation import Conversation
 from delegate_function.errors import CallNotSent, ConfigurationError, ResultNotReturned
@@ -73,16 +73,21 @@ class BaseDelegate:
         *,
         inputs: Iterable[str | os.PathLike[str]] = (),
         outputs: Iterable[str | os.PathLike[str]] = (),
+        results: str | None = None,
     ) -> Any:
         """Do as `invoke`, with files that go with the call and come back from it.
 
         Args:
             inputs: files that the method reads, relative to the working directory.
             outputs: files that it writes, likewise; each takes the place of what is there, once it has come entirely.
+            results: "data" where the method runs code that the caller does not trust: its value comes as data, what it
+                raises as text, and `obj` stays as it is. "pickle" otherwise. Without it, what the chain's
+                SandboxDelegate says.
 
         A call with files runs in a directory of its own, unless it stays in this process.
         """
         hops = self.compile()
+        results, hops = results_of(hops, results)
         info = self.last_call = CallInfo()
         interactive = any(step["type"] == steps.TERMINAL for step in hops)
         directory: str | None = None
@@ -106,6 +111,7 @@ class BaseDelegate:
                     kwargs or {},
                     inputs=inputs,
                     outputs=outputs,
+                    results=results,
                     info=info,
                     done=done,
                     directory=directory,
@@ -387,6 +393,7 @@ class SandboxDelegate(BaseDelegate):
         profile: which of the administrator's profiles; it says image and limits.
         seconds: wall clock of the call, less than the profile's own.
         memory_mb: memory of the call, less than the profile's own.
+        results: "data" for code that is not trusted, as in `BaseDelegate.call`, for all calls of the chain.
     """
 
     def __init__(
@@ -398,6 +405,7 @@ class SandboxDelegate(BaseDelegate):
         profile: str = "default",
         seconds: float | None = None,
         memory_mb: int | None = None,
+        results: str | None = None,
     ) -> None:
         super().__init__(subdelegate, debug_pre_hook, interactive)
         if not isinstance(profile, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", profile):
@@ -407,14 +415,35 @@ class SandboxDelegate(BaseDelegate):
         if memory_mb is not None and (type(memory_mb) is not int or memory_mb <= 0):
             raise ConfigurationError(f"memory_mb is a whole number greater than 0, not {memory_mb!r}")
         self._hop = _without_none(type="sandbox", profile=profile, seconds=seconds, memory_mb=memory_mb)
+        self._results = _checked_results(results)
 
     def hops(self) -> list[dict[str, Any]]:
-        """Return the one hop of a sandbox."""
-        return [dict(self._hop)]
+        """Return the one hop of a sandbox, after what its results travel as, if that is said."""
+        before = [{"type": steps.DATA}] if self._results == data.DATA else []
+        return [*before, dict(self._hop)]
 
 
 def _without_none(**items: Any) -> dict[str, Any]:
     return {name: value for name, value in items.items() if value}
+
+
+def _checked_results(results: str | None) -> str | None:
+    if results not in (None, *data.RESULTS):
+        raise ConfigurationError(f"results is 'pickle' or 'data', not {results!r}")
+    return results
+
+
+def results_of(hops: list[dict[str, Any]], asked: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """Return what results travel as, which is what was asked for or else the chain says, and the hops without that.
+
+    Raises:
+        ConfigurationError: that is unknown, or code that is not trusted would run in this process.
+    """
+    said = data.DATA if any(step["type"] == steps.DATA for step in hops) else data.PICKLE
+    results, hops = _checked_results(asked) or said, [step for step in hops if step["type"] != steps.DATA]
+    if results == data.DATA and not steps.leaves(hops):
+        raise ConfigurationError("results='data' is for code that is not trusted, and this chain stays here")
+    return results, hops
 
 
 def _checked_executable(path: str | None) -> str | None:

@@ -5,8 +5,11 @@ Every error names the hop where it happened. Between processes an error travels 
 
 from __future__ import annotations
 
+import contextlib
+
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, ClassVar
 
 
@@ -41,6 +44,17 @@ def _rebuild(
     kind: type[DelegateFunctionException], message: str, where: str, tail: str, details: dict[str, Any]
 ) -> DelegateFunctionException:
     return kind(message, where=where, output_tail=tail, **details)
+
+
+@contextlib.contextmanager
+def also(kind: type[Exception]) -> Iterator[None]:
+    """Make what is raised meanwhile an exception of another kind too, for who catches only such."""
+    try:
+        yield
+    except DelegateFunctionException as error:
+        own = type(error)
+        error.__class__ = type(own.__name__, (own, kind), {"__doc__": own.__doc__})
+        raise
 
 
 class ConfigurationError(DelegateFunctionException, ValueError):
@@ -140,6 +154,16 @@ class VersionMismatch(DelegateFunctionException):
     """The two ends of a call run versions of Python or of this package that do not go together."""
 
     code = "version"
+
+
+class CountersUnavailable(DelegateFunctionException):
+    """The call asked for performance counters that cannot be had where it ran; `details["reason"]` says why.
+
+    It begins with what would have to be another: "policy: …" (the sandbox's profile), "kernel: …" (a setting) or
+    "machine: …".
+    """
+
+    code = "counters"
 
 
 class RemoteError(DelegateFunctionException):

@@ -25,7 +25,7 @@ def checked(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Return the paths in their normal form; raise FileError unless each is relative and stays beneath its start."""
     if isinstance(paths, str | bytes | os.PathLike):
         raise FileError(f"a list of paths is needed, not the single path {os.fsdecode(paths)!r}")
-    found: list[str] = []
+    found: dict[str, None] = {}
     for path in paths:
         text = os.fspath(path)
         if not isinstance(text, str) or not text or "\0" in text:
@@ -33,9 +33,8 @@ def checked(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
         normal = os.path.normpath(text)
         if os.path.isabs(text) or ".." in text.split("/") or normal == ".":
             raise FileError(f"{text!r} leaves the working directory; name files relative to it, without '..'")
-        if normal not in found:
-            found.append(normal)
-    return found
+        found[normal] = None
+    return list(found)
 
 
 def _open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
@@ -58,6 +57,23 @@ def _open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
             raise FileError(f"{path!r}: {directory!r} is a link or no directory") from error
         raise FileError(f"{path!r}: {error.strerror}") from error
     return current, name
+
+
+def private_directory(path: str, *, root: int | None = None, create: bool = False) -> int:
+    """Return the descriptor of a directory that is this user's alone; raise FileError for a link or any other."""
+    if create:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700, dir_fd=root)
+    try:
+        fd = os.open(path, _DIRECTORY, dir_fd=root)
+    except OSError as error:
+        reason = "it is a link or no directory" if isinstance(error, NotADirectoryError) else error.strerror
+        raise FileError(f"{path!r} cannot be opened: {reason}") from error
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        os.close(fd)
+        raise FileError(f"{path!r} is not this user's alone (uid {status.st_uid}, mode {status.st_mode & 0o7777:04o})")
+    return fd
 
 
 def open_to_read(root: int, path: str) -> tuple[int, os.stat_result]:

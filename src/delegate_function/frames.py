@@ -13,6 +13,8 @@ Only the standard library is used, and little of it: this is loaded before every
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
@@ -41,7 +43,10 @@ KEYS = b"K"  # down: bytes of the caller's standard input; none at its end
 CANCEL = b"Q"  # down: the call that runs shall end (in a lease, which goes on)
 HOLD = b"L"  # down, first: this is a lease, of which each call follows (JSON)
 OVER = b"V"  # up, last of a lease, between two calls: no further one is taken (JSON: reason, text)
-TYPES = frozenset((HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS, CANCEL, HOLD, OVER))
+PROGRESS = b"P"  # up: how many of how many steps the call has done
+TYPES = frozenset(
+    (HELLO, SPEC, DATA, RESULT, OUT, ERR, INFO, ERROR, END, CREDIT, BEAT, KEYS, CANCEL, HOLD, OVER, PROGRESS)
+)
 
 PAYLOAD_STREAM = b"p"
 OUTPUT_STREAM = b"o"
@@ -51,14 +56,19 @@ INPUT_STREAM = b"i"
 BEAT_S = 0.5
 SILENCE_S = 1.5
 CHUNK = 128 * 1024
-WINDOW = 1024 * 1024
+WINDOW = 4 * 1024 * 1024
 MAX_FRAME = 256 * 1024
 MAX_TRANSFER = 1024**3
 """Payloads and results may have this many bytes."""
 
 _HEADER = struct.Struct(">cI")
 _CREDIT = struct.Struct(">cI")
-_BACKLOG = 4 * WINDOW
+_PROGRESS = struct.Struct(">QQ")
+_MOST_STEPS = 2**53  # whole numbers below it are exact as floating point too
+_BACKLOG = WINDOW
+_PIPE_BYTES = 1024 * 1024
+_TRICKLE = 16 * 1024
+_PAUSE_S = 0.002
 
 
 class ProtocolError(Exception):
@@ -101,11 +111,30 @@ def decode_credit(content: bytes) -> tuple[bytes, int]:
     return stream, count
 
 
+def encode_progress(done: int, total: int) -> bytes:
+    """Return the frame that says: `done` of `total` steps are done; raise ValueError for what cannot be so."""
+    if not 0 <= done <= total < _MOST_STEPS:
+        raise ValueError(f"of progress, 0 ≤ done ≤ total < 2**53; this is {done} in {total}")
+    return encode(PROGRESS, _PROGRESS.pack(done, total))
+
+
+def decode_progress(content: bytes) -> tuple[int, int]:
+    """Return how many of how many steps are done."""
+    if len(content) != _PROGRESS.size:
+        raise ProtocolError("a progress of the wrong length")
+    done, total = _PROGRESS.unpack(content)
+    if not done <= total < _MOST_STEPS:
+        raise ProtocolError(f"a progress of {done} in {total}")
+    return done, total
+
+
 class Decoder:
     """Cut a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.missing = 0
+        """How many bytes the frame that has begun lacks, as far as its header has come."""
 
     def feed(self, data: bytes) -> None:
         """Take bytes as they came."""
@@ -118,6 +147,7 @@ class Decoder:
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         buffer, start = self._buffer, 0
+        self.missing = 0
         try:
             while len(buffer) - start >= _HEADER.size:
                 kind, length = _HEADER.unpack_from(buffer, start)
@@ -125,6 +155,7 @@ class Decoder:
                     raise ProtocolError(f"not a frame: {bytes(buffer[start : start + 80])!r}")
                 end = start + _HEADER.size + length
                 if len(buffer) <= end:
+                    self.missing = end + 1 - len(buffer)
                     break
                 if buffer[end] != 0x0A:
                     raise ProtocolError("a frame without its end")
@@ -174,8 +205,12 @@ class Link:
         self._backlog = 0
         self._heard: float | None = None
         self._sent = time.monotonic()
+        self._trickled = False
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
+        for fd in (read_fd, write_fd):
+            with contextlib.suppress(OSError):  # no pipe, or the user has too many of that size
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def receive(self) -> list[tuple[bytes, bytes]]:
         """Return the frames that have come, without beats; set `closed` at the end of the stream."""
@@ -190,7 +225,9 @@ class Link:
             return []
         self.watch()
         self._decoder.feed(data)
-        return [frame for frame in self._decoder if frame[0] != BEAT]
+        received = [frame for frame in self._decoder if frame[0] != BEAT]
+        self._trickled |= len(data) < _TRICKLE < self._decoder.missing
+        return received
 
     def send(self, *frames: bytes) -> None:
         """Queue frames and write what the stream takes at once."""
@@ -216,6 +253,7 @@ class Link:
                 del self._pending[0]
             else:
                 self._pending[0] = self._pending[0][written:]
+                self._trickled |= written < _TRICKLE < len(self._pending[0])
 
     @property
     def pending(self) -> bool:
@@ -226,6 +264,11 @@ class Link:
     def congested(self) -> bool:
         """Say whether so much waits to be written that nothing should be added."""
         return self._backlog > _BACKLOG
+
+    def trickled(self) -> bool:
+        """Say whether since the last time little of a long frame came or went at once, and forget it."""
+        trickled, self._trickled = self._trickled, False
+        return trickled
 
     def watch(self) -> None:
         """Count silence from now on."""
@@ -262,6 +305,10 @@ class Poller:
         """
         now = time.monotonic()
         held_up = now - self._last > BEAT_S
+        trickled = [link.trickled() for link in links]
+        if any(trickled):
+            # srun takes and hands on 1 KiB at a time. To wake up for each of them would cost more than all else.
+            time.sleep(_PAUSE_S)
         poll = select.poll()
         masks: dict[int, int] = {}
         for fd in reads:

@@ -20,6 +20,7 @@ import time
 from delegate_function import __version__, frames, launch, remote, slurm, steps
 from delegate_function.errors import (
     CallCancelled,
+    ConfigurationError,
     ConnectionLost,
     DelegateFunctionException,
     HopFailed,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 _SPEC_S = 10.0
 _DRAIN_S = 5.0
-_FROM_THE_CALL = frozenset((frames.RESULT, frames.DATA, frames.CREDIT, frames.END))
+_FROM_THE_CALL = frozenset((frames.RESULT, frames.DATA, frames.CREDIT, frames.END, frames.PROGRESS))
+_PROGRESS_S = 0.1
 
 
 def describe(kind: Any, number: Any, of: Any, node: str = "") -> str:
@@ -57,6 +59,8 @@ class Relay:
         self._written = 0
         self._over = False
         self._end_held = False
+        self._progress = b""
+        self._progress_from = 0.0
         self._ending_since: float | None = None
         self._explanation: list[DelegateFunctionException] | None = None
         self.abandoned = False
@@ -120,6 +124,7 @@ class Relay:
             self._from_down()
         if self._next.wake_fd in ready and not self._next.ended:
             self._next.on_wake()
+        self._tell_progress()
         for link in (up, down):
             link.flush()
             link.beat()
@@ -160,12 +165,23 @@ class Relay:
                 if kind == frames.END:
                     self._end_held = True
                     continue
+                if kind == frames.PROGRESS:
+                    frames.decode_progress(content)
+                    self._progress = content
+                    continue
             elif kind == frames.HELLO:
                 self._greet(frames.decode_json(content))
             self._up.send(frames.encode(kind, content))
             if kind in (frames.END, frames.ERROR):
                 self._over = True
                 return
+
+    def _tell_progress(self) -> None:
+        """Pass the latest progress on, now and then only: it is no stream with a window that would bound it."""
+        now = time.monotonic()
+        if self._progress and not self._over and now >= self._progress_from:
+            self._up.send(frames.encode(frames.PROGRESS, self._progress))
+            self._progress, self._progress_from = b"", now + _PROGRESS_S
 
     def _greet(self, greeting: dict[str, Any]) -> None:
         if greeting.get("hop") == self._number and isinstance(self._next, launch.Process):
@@ -305,7 +321,12 @@ def _take_steps(
             if not relay.completed:
                 return relay
             spec, waiting = {**spec, "credit": relay.credit}, relay.kept
-        elif kind != steps.TERMINAL:
+        elif kind == steps.DATA and spec.get("results") != steps.DATA:
+            raise ConfigurationError(
+                "the description says results='data', and it was found too late: the caller must ask for that",
+                where=where,
+            )
+        elif kind not in (steps.TERMINAL, steps.DATA):
             return spec, waiting
         spec = {**spec, "hops": hops[1:]}
 
@@ -382,6 +403,8 @@ def _greet(up: frames.Link, spec: dict[str, Any]) -> str:
         "node": os.uname().nodename,
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID") if spec.get("kind") == "slurm" else None,
+        "slurm_cpus": int(os.environ.get("SLURM_CPUS_ON_NODE", 0)) if spec.get("kind") == "slurm" else None,
+        "cpus": len(os.sched_getaffinity(0)),
         "python": list(sys.version_info[:3]),
         "version": __version__,
         "lease": "idle_s" in spec,

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import gc
 import importlib
-import io
 import json
 import os
 import pickle
@@ -25,13 +24,14 @@ import tempfile
 import threading
 import traceback
 import types
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from delegate_function import __version__, files, frames, steps
+from delegate_function import __version__, data, files, frames, pickling, reporting, steps
 
 SOCKET = "/run/cfiddle/sandbox.sock"
-_TEXT_LIMIT = 60_000
+_TEXT_LIMIT = 10_000  # so that text and traceback fit a frame, even if JSON needs twelve bytes for each character
 _PICKLING = ("__getstate__", "__reduce__", "__reduce_ex__")
 
 
@@ -40,9 +40,11 @@ class Channel:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._sending = threading.Lock()
         self._decoder = frames.Decoder()
         self._waiting: list[tuple[bytes, bytes]] = []
         self._budget = frames.WINDOW
+        self._payload = frames.Window(frames.PAYLOAD_STREAM)
         self.keys: list[bytes] = []
         os.set_blocking(fd, True)
 
@@ -53,8 +55,9 @@ class Channel:
     def send(self, frame: bytes) -> None:
         """Write one frame."""
         view = memoryview(frame)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        with self._sending:
+            while view:
+                view = view[os.write(self._fd, view) :]
 
     def receive(self) -> tuple[bytes, bytes]:
         """Return the next frame; raise EOFError when the caller is gone."""
@@ -64,10 +67,10 @@ class Channel:
 
     def pull(self) -> None:
         """Take what came, at least one byte: what is for standard input apart from the rest."""
-        data = os.read(self._fd, frames.MAX_FRAME)
-        if not data:
+        received = os.read(self._fd, frames.MAX_FRAME)
+        if not received:
             raise EOFError("the caller is gone")
-        self._decoder.feed(data)
+        self._decoder.feed(received)
         for kind, content in self._decoder:
             if kind == frames.KEYS:
                 self.keys.append(content)
@@ -84,12 +87,13 @@ class Channel:
             if kind != frames.DATA or len(content) > size:
                 raise frames.ProtocolError(f"unexpected frame {kind!r} in the payload")
             size -= len(content)
-            self.send(frames.encode_credit(frames.PAYLOAD_STREAM, len(content)))
+            if credit := self._payload.used(len(content)):
+                self.send(credit)
             yield content
 
-    def send_data(self, data: bytes | memoryview) -> None:
+    def send_data(self, content: bytes | memoryview) -> None:
         """Send bytes of the result, as far as the caller uses them up."""
-        view = memoryview(data)
+        view = memoryview(content)
         while view:
             while not self._budget:
                 kind, content = self.receive()
@@ -171,17 +175,18 @@ class _Failure(Exception):
 
 
 class _Part:
-    """A piece of the result: bytes in memory or a file."""
+    """A part of the result: bytes in memory, in pieces that lie where they are, or a file."""
 
-    def __init__(self, header: dict[str, Any], data: bytes | memoryview | None = None, fd: int = -1) -> None:
+    def __init__(self, header: dict[str, Any], pieces: Sequence[memoryview] = (), fd: int = -1) -> None:
         self.header = header
-        self._data = data
+        self._pieces = pieces
         self._fd = fd
 
     def send(self, channel: Channel) -> None:
         """Send the bytes that the header announced."""
-        if self._data is not None:
-            channel.send_data(self._data)
+        for kept in self._pieces:
+            channel.send_data(kept)
+        if self._fd < 0:
             return
         left = int(self.header["size"])
         while left:
@@ -258,6 +263,7 @@ class _Server:
         self._directory = ""
         self._error: dict[str, Any] | None = None
         self._attributes: frozenset[str] = frozenset()
+        self._as_data = spec.get("results") == data.DATA
         self._input = _Input(channel) if spec.get("interactive") else None
 
     def run(self) -> None:
@@ -367,15 +373,15 @@ class _Server:
         root = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             for part in self._spec["parts"]:
-                data = self._channel.receive_data(int(part["size"]))
+                pieces = self._channel.receive_data(int(part["size"]))
                 if part["kind"] == "call":
-                    for piece in data:
+                    for piece in pieces:
                         call += piece
                     continue
                 [path] = files.checked([part["path"]])
                 try:
                     new = files.NewFile(root, path, int(part["mode"]))
-                    for piece in data:
+                    for piece in pieces:
                         new.write(piece)
                     new.commit()
                 except files.FileError as error:
@@ -387,35 +393,43 @@ class _Server:
     def _call(self, call: bytearray) -> list[_Part]:
         """Open the pickle, call the method, pack what came of it."""
         try:
-            obj, method, arguments, keywords = pickle.loads(call)
+            obj, method, arguments, keywords = pickling.loads(call, None)
         except BaseException as error:
             self._error = _described(error)
             self._error["text"] = f"the call could not be unpickled: {self._error['type']}: {self._error['text']}"
             self._error["failure"] = "remote"
             return []
-        call.clear()
         self._attributes = frozenset(_attributes(obj) or ())
         try:
-            with self._input.flowing() if self._input else contextlib.nullcontext():
+            flowing = self._input.flowing() if self._input else contextlib.nullcontext()
+            with flowing, reporting.through(self._channel.send):
                 value = getattr(obj, method)(*arguments, **keywords)
+            del arguments, keywords
         except BaseException as error:
             self._error = _described(error)
+            if self._as_data:
+                return []
             # The state goes back after an exception too, where it can: what the method did until then is done.
             parts = [self._exception(error)]
             with contextlib.suppress(Exception):
                 parts += self._state(obj)
             return [part for part in parts if part.header["size"]]
         try:
+            if self._as_data:
+                return [_Part({"kind": part.kind, "size": part.size}, part.pieces) for part in data.encode(value)]
             return [self._part("value", value, obj), *self._state(obj)]
+        except data.NotData as error:
+            raise _Failure("not-returned", str(error)) from error
         except Exception as error:
             self._error = _described(error)
-            self._error["text"] = f"the result cannot be pickled: {self._error['type']}: {self._error['text']}"
+            verb = "sent as data" if self._as_data else "pickled"
+            self._error["text"] = f"the result cannot be {verb}: {self._error['type']}: {self._error['text']}"
             self._error["failure"] = "not-returned"
             return []
 
     def _part(self, kind: str, value: Any, obj: Any) -> _Part:
-        data = dumps(value, obj)
-        return _Part({"kind": kind, "size": len(data)}, data)
+        pieces = pickling.dumps(value, obj)
+        return _Part({"kind": kind, "size": sum(map(len, pieces))}, pieces)
 
     def _state(self, obj: Any) -> list[_Part]:
         """Return the object's state, and which of its attributes are gone."""
@@ -433,7 +447,7 @@ class _Server:
         if isinstance(error, Exception):
             with contextlib.suppress(Exception):
                 return self._part("exception", error, None)
-        return _Part({"kind": "exception", "size": 0}, b"")
+        return _Part({"kind": "exception", "size": 0})
 
     def _output_parts(self) -> list[_Part]:
         """Return the files that were named and are there; a missing one is an error if the method returned."""
@@ -482,7 +496,8 @@ def _described(error: BaseException) -> dict[str, Any]:
 def package_version(name: str) -> str | None:
     """Return a package's version as it says itself, else as its installation does; nothing for none of either."""
     try:
-        version = getattr(importlib.import_module(name), "__version__", None)
+        with warnings.catch_warnings(action="ignore"):  # what a package says of itself is no news to the caller
+            version = getattr(importlib.import_module(name), "__version__", None)
     except Exception:
         return None
     if isinstance(version, str):
@@ -495,31 +510,6 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def dumps(value: Any, obj: Any) -> memoryview:
-    """Return the pickle of a value in which `obj`, the object of the call, stands for itself."""
-    import cloudpickle
-
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-        def persistent_id(self, candidate: Any) -> str | None:
-            return "object" if obj is not None and candidate is obj else None
-
-    buffer = io.BytesIO()
-    Pickler(buffer, protocol=5).dump(value)
-    return buffer.getbuffer()
-
-
-def loads(data: bytes | bytearray | memoryview, obj: Any) -> Any:
-    """Return the value of a pickle made by `dumps`, in which `obj` takes the place of the far side's object."""
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, identifier: Any) -> Any:
-            if identifier != "object":
-                raise pickle.UnpicklingError(f"unknown object {identifier!r}")
-            return obj
-
-    return Unpickler(io.BytesIO(data)).load()
-
-
 def main(arguments: list[str]) -> NoReturn:
     """Wait in a sandbox for its one call, and let a child of this process serve it.
 
@@ -530,12 +520,14 @@ def main(arguments: list[str]) -> NoReturn:
     modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=False) if option == "--import"]
     if len(modules) * 2 != len(arguments):
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
+    from delegate_function import counters
+
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
         ours.close()
         _prepare(modules)
-        theirs.send(json.dumps({"type": "ready", "counters": _counters_error()}).encode())
+        theirs.send(json.dumps({"type": "ready", "counters": counters.error()}).encode())
         _, descriptors, _, _ = socket.recv_fds(theirs, 1, 3)
         if len(descriptors) != 3:
             os._exit(1)
@@ -578,27 +570,6 @@ def _protect() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
-
-
-def _counters_error() -> int:
-    """Return the number of the error with which a hardware counter of this process cannot be opened; 0 if it can."""
-    import ctypes
-    import errno
-    import platform
-    import struct
-
-    number = {"x86_64": 298, "aarch64": 241}.get(platform.machine())
-    if number is None:
-        return errno.ENOSYS
-    # struct perf_event_attr: a hardware event (0), its first size (64), retired instructions (1), opened disabled and
-    # without kernel and hypervisor.
-    attributes = struct.pack("=IIQ24xQ16x", 0, 64, 1, 1 << 0 | 1 << 5 | 1 << 6)
-    libc = ctypes.CDLL(None, use_errno=True)
-    counter = libc.syscall(number, attributes, 0, -1, -1, 8)  # of this process, on any CPU; PERF_FLAG_FD_CLOEXEC
-    if counter < 0:
-        return ctypes.get_errno()
-    os.close(counter)
-    return 0
 
 
 def _supervise(child: int, agent: socket.socket) -> NoReturn:

@@ -156,7 +156,7 @@ class Process(Next):
     @property
     def diagnostics(self) -> str:
         """What the process itself wrote to standard error."""
-        return self._tail.decode(errors="replace").strip()
+        return bytes(self._tail).decode(errors="replace").strip()
 
     def usage(self) -> dict[str, Any]:
         return {}
@@ -214,6 +214,11 @@ class Job(Process):
 
     _cancelled = False
 
+    @property
+    def number(self) -> str | None:
+        """The job's number, as soon as its hop or srun has said it."""
+        return self.job_id or slurm.job_named_in(self.diagnostics)
+
     def explain(self) -> DelegateFunctionException:
         self._finish()
         return self._explain(self._process.returncode, self.diagnostics, self._where, self.job_id)
@@ -223,8 +228,7 @@ class Job(Process):
         if not self._cancelled and (self._process.returncode or 0) < 0:
             # srun was killed before it could take its job away.
             self._cancelled = True
-            job_id = self.job_id or slurm.job_named_in(self.diagnostics)
-            if job_id:
+            if job_id := self.number:
                 slurm.cancel(job_id)
 
 
@@ -251,6 +255,7 @@ class Worker(Next):
                 first = keep + 1
             os.closerange(first, os.sysconf("SC_OPEN_MAX"))
             inside.serve(theirs.detach(), out_write, err_write, spec)
+        os.setpgid(self._pid, self._pid)  # both do it: a call may be ended before its process gets as far as that
         for fd in (out_write, err_write):
             os.close(fd)
         theirs.close()

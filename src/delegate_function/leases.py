@@ -88,6 +88,19 @@ class Lease(BaseDelegate):
         where = hop.describe("slurm", self._spec["hop"], self._spec["of"])
         self._conversation = Conversation(lambda: launch.start_process(self._hop, where), where, hold=self._spec)
 
+    def wait(self) -> None:
+        """Return when the job runs.
+
+        Raises:
+            DelegateFunctionException: it does not, and never will.
+        """
+        if self._conversation is None:
+            self.start()
+        assert self._conversation is not None
+        self._conversation.decided.wait()
+        if self._conversation.is_over:
+            raise self._conversation.ended()
+
     def close(self) -> None:
         """Give the job back, when the call that runs, if there is one, has ended."""
         if self._conversation is None:
@@ -108,9 +121,8 @@ class Lease(BaseDelegate):
 
     @property
     def job_id(self) -> str | None:
-        """The job's number, once it is known."""
-        process = self._conversation.process if self._conversation else None
-        return process.job_id if process else None
+        """The job's number, once it is known, also while the job waits."""
+        return self._conversation.job_id if self._conversation else None
 
     @property
     def is_over(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import sys
 import types
@@ -12,6 +11,7 @@ from typing import Any
 
 from delegate_function import files, frames, inside, steps
 from delegate_function.errors import CallNotSent
+from delegate_function.pickling import Pieces
 
 _MAX_HOOK = 64 * 1024
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -20,9 +20,9 @@ _NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 class Payload:
     """The call's pickle and its files, as parts and as the bytes that follow."""
 
-    def __init__(self, call: bytes, inputs: Sequence[str], root: int) -> None:
-        self.parts: list[dict[str, Any]] = [{"kind": "call", "size": len(call)}]
-        self._call = call
+    def __init__(self, call: list[memoryview], inputs: Sequence[str], root: int) -> None:
+        self.parts: list[dict[str, Any]] = [{"kind": "call", "size": sum(map(len, call))}]
+        self._call = call[::-1]
         self._files: list[int] = []
         try:
             for path in inputs:
@@ -40,16 +40,17 @@ class Payload:
             raise CallNotSent(f"the call has {total} bytes; at most {frames.MAX_TRANSFER} travel", size=total)
 
     def chunks(self) -> Iterator[memoryview | bytes]:
-        """Yield the bytes of all parts in pieces that fit a frame."""
-        call = memoryview(self._call)
-        for start in range(0, len(call), frames.CHUNK):
-            yield call[start : start + frames.CHUNK]
+        """Yield the bytes of all parts in pieces that fit a frame, once: what was sent is not kept."""
+        while self._call:
+            piece = self._call.pop()
+            for start in range(0, len(piece), frames.CHUNK):
+                yield piece[start : start + frames.CHUNK]
         for fd, part in zip(self._files, self.parts[1:], strict=True):
             left = part["size"]
             while left:
-                piece = os.read(fd, min(left, frames.CHUNK)) or bytes(min(left, frames.CHUNK))
-                left -= len(piece)
-                yield piece
+                read = os.read(fd, min(left, frames.CHUNK)) or bytes(min(left, frames.CHUNK))
+                left -= len(read)
+                yield read
 
     def close(self) -> None:
         """Close the files."""
@@ -63,8 +64,12 @@ def pack(
     arguments: Iterable[Any],
     keywords: dict[str, Any],
     packages: dict[str, str] | None = None,
-) -> bytes:
-    """Return the pickle of a call; note in `packages` the version of each package of which it names something."""
+) -> list[memoryview]:
+    """Return the pickle of a call in pieces, which show what its arguments hold: those must not change meanwhile.
+
+    Args:
+        packages: is filled with the version of each package of which the pickle names something.
+    """
     import cloudpickle
 
     modules: set[str] = set()
@@ -78,9 +83,9 @@ def pack(
                 modules.add(str(candidate.__module__))  # it travels as its name
             return reduced
 
-    buffer = io.BytesIO()
+    file = Pieces()
     try:
-        Pickler(buffer, protocol=5).dump((obj, method, tuple(arguments), keywords))
+        Pickler(file, protocol=5).dump((obj, method, tuple(arguments), keywords))
     except Exception as error:
         raise CallNotSent(f"the call cannot be pickled: {type(error).__name__}: {error}") from error
     if packages is not None:
@@ -90,7 +95,7 @@ def pack(
         for root in sorted(roots - known):
             if root in sys.modules and (version := inside.package_version(root)):
                 packages[root] = version
-    return buffer.getvalue()
+    return file.pieces
 
 
 def encoded(hops: list[dict[str, Any]]) -> list[dict[str, Any]]:

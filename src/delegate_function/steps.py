@@ -22,23 +22,24 @@ DIRECTORY = "temporary directory"
 HOOK = "hook"
 LATE = "late"
 TERMINAL = "terminal"
+DATA = "data"
 _LATE_LEVELS = 16
 
 
 def leaves(hops: list[dict[str, Any]]) -> bool:
     """Say whether some of the hops need another process."""
-    return any(hop.get("type") not in (DIRECTORY, HOOK, TERMINAL) for hop in hops)
+    return any(hop.get("type") not in (DIRECTORY, HOOK, TERMINAL, DATA) for hop in hops)
 
 
 def count(hops: list[dict[str, Any]]) -> int:
     """Return how many of them have a number in errors."""
-    return sum(hop.get("type") not in (HOOK, LATE, TERMINAL) for hop in hops)
+    return sum(hop.get("type") not in (HOOK, LATE, TERMINAL, DATA) for hop in hops)
 
 
 def bound(hops: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the hops with those described in a file in the place of a late one that would be taken here."""
     for _ in range(_LATE_LEVELS):
-        number = next((n for n, hop in enumerate(hops) if hop["type"] not in (DIRECTORY, HOOK, TERMINAL)), None)
+        number = next((n for n, hop in enumerate(hops) if leaves([hop])), None)
         if number is None or hops[number]["type"] != LATE:
             return hops
         from delegate_function.generator import described_late

@@ -1,4 +1,4 @@
-"""Database and slurmdbd are tried from a sandbox, a job step and the userhost."""
+"""Attack 15: database and slurmdbd are tried from a sandbox, a job step and the userhost."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The engine's socket is hunted from the userhost, a job step and a sandbox; only the agent's container has it."""
+"""Attack 9: the engine's socket is hunted from the userhost, a job step and a sandbox; only the agent has it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a caller has in the environment moves nobody else's process."""
+"""Attack 8: what a caller has in the environment moves nobody else's process."""
 
 from collections.abc import Iterator
 

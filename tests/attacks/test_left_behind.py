@@ -1,4 +1,4 @@
-"""What one user's job leaves on a machine is not there for the next user's."""
+"""Attack 12: what one user's job leaves on a machine is not there for the next user's."""
 
 from live import LiveCluster, wait_until
 

@@ -1,4 +1,4 @@
-"""What belongs to another user is not visible, not readable and not stoppable."""
+"""Attack 11: what belongs to another user is not visible, not readable and not stoppable."""
 
 from live import LiveCluster, wait_until
 

@@ -1,4 +1,4 @@
-"""A pickle that runs a command when it is opened: it runs inside the sandbox, and nowhere else."""
+"""Attack 1: a pickle that runs a command when it is opened: it runs inside the sandbox, and nowhere else."""
 
 from live import LiveCluster
 

@@ -1,4 +1,4 @@
-"""The cluster's registry is pushed to without its password and over plain HTTP, from where the network reaches it."""
+"""Attack 19: the registry is pushed to without its password and over plain HTTP, from where the network reaches it."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""root submits no jobs, wherever it stands."""
+"""Attack 7: root submits no jobs, wherever it stands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A description of delegates that carries Python or grows without end is refused at once, with little memory."""
+"""Attack 2: a description of delegates that carries Python or grows without end is refused at once."""
 
 import pytest
 
@@ -18,10 +18,10 @@ else:
 print(int((time.monotonic() - start) * 1000), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
+# Small as text; what reads it grows it nine times with every line.
 BOMB = "\n".join(
-    ["version: 0.1", "a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    + ["sequence: *a11"]
+    ["version: 0.1", "sequence:", "  - type: TrivialDelegate", "    a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    + [f"    a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 7)]
 )
 CASES = {
     "command": "version: 0.1\nsequence:\n  - type: !!python/object/apply:os.system ['touch ~/owned']\n",
@@ -40,10 +40,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_description_is_refused_at_once(cluster: LiveCluster, case: str) -> None:
-    result = cluster.user(["python3", "-c", LOAD, CASES[case]], "test_user1", timeout_s=60)
+    try:
+        result = cluster.user(["python3", "-c", LOAD, CASES[case]], "test_user1", timeout_s=60)
+        owned = cluster.user("ls -d ~/owned /tmp/owned", "test_user1").stdout
+    finally:
+        cluster.user("rm -f ~/owned /tmp/owned", "test_user1").ok()
+    assert owned == ""
     verdict, numbers = result.ok().splitlines()
     milliseconds, megabytes = map(int, numbers.split())
     assert verdict.startswith("refused:"), verdict
     assert milliseconds < 2000
     assert megabytes < 64
-    assert cluster.user("ls -d ~/owned /tmp/owned", "test_user1").stdout == ""

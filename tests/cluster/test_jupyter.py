@@ -1,6 +1,8 @@
 """JupyterLab in a real browser: log in with the token, run the notebook to its end, see the plot."""
 
 import json
+import re
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -90,6 +92,96 @@ def test_first_experiment_runs_to_its_end_in_a_browser_and_shows_the_plot(cluste
 def _keep(page: Page, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     page.screenshot(path=path)
+
+
+OTHER = "test_user2"
+WAITING = """
+import time
+from delegate_function import SandboxDelegate, SlurmDelegate, progress
+
+class Steps:
+    def run(self):
+        for step in range(50):
+            progress(step, 50)
+            time.sleep(0.1)
+        print("the end")
+
+SlurmDelegate(SandboxDelegate()).invoke(Steps(), "run")
+"""
+
+
+@pytest.fixture
+def busy(cluster: LiveCluster) -> Iterator[None]:
+    """Let another user's jobs have all workers."""
+    for worker in cluster.workers:
+        cluster.wait_until_runs(cluster.sbatch("sleep 300", OTHER, "-w", worker, "-t", "10"))
+    yield
+    cluster.user(f"scancel -u {OTHER}", OTHER)
+
+
+def _run_cell(page: Page, cluster: LiveCluster, folder: str, source: str) -> None:
+    """Open a notebook of one cell in the browser and run it."""
+    cell = {"cell_type": "code", "execution_count": None, "id": "one", "metadata": {}, "outputs": [], "source": source}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)"}}
+    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": kernel, "cells": [cell]}
+    cluster.user(f"cat >~/{folder}/waiting.ipynb", input=json.dumps(notebook)).ok()
+    page.set_default_timeout(60_000 * PATIENCE)
+    _log_in(page, cluster)
+    page.goto(f"{userhost.address(cluster.config)}/lab/tree/{folder}/waiting.ipynb?reset")
+    expect(page.locator(".jp-Notebook-cell").first).to_be_visible(timeout=60_000 * PATIENCE)
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000 * PATIENCE)
+    page.get_by_text("Run", exact=True).first.click()
+    page.get_by_text("Run All Cells", exact=True).click()
+
+
+def _said(page: Page, cluster: LiveCluster, folder: str) -> list[Any]:
+    """Save the notebook; return its outputs but those that hold nothing."""
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(1000)
+    outputs = _outputs(json.loads(_ask(cluster, f"/api/contents/{folder}/waiting.ipynb"))["content"])
+    return [output for output in outputs if output.get("data") != {}]
+
+
+def test_waiting_call_shows_its_place_then_its_progress_then_nothing(
+    cluster: LiveCluster, folder: str, busy: None
+) -> None:
+    with browser.page() as page:
+        _run_cell(page, cluster, folder, WAITING)
+        output = page.locator(".jp-OutputArea")
+        try:
+            expect(output).to_contain_text(re.compile(r"job \d+ waits: 1st of 1"), timeout=40_000 * PATIENCE)
+            _keep(page, SCREENSHOT.with_name("waiting.png"))
+            cluster.user(f"scancel -u {OTHER}", OTHER).ok()
+            expect(output).to_contain_text(
+                re.compile(r"job \d+ runs on \w+ \(\d+ s\), \d+ of 50"), timeout=40_000 * PATIENCE
+            )
+            assert output.locator("progress").get_attribute("max") == "50"
+            _keep(page, SCREENSHOT.with_name("running.png"))
+            expect(output).to_have_text("the end", timeout=40_000 * PATIENCE)
+        finally:
+            _keep(page, SCREENSHOT.with_name("waited.png"))
+        [said] = _said(page, cluster, folder)
+        assert said["text"] in ("the end\n", ["the end\n"])
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["waits", "runs"])
+def test_interrupted_kernel_cancels_the_job(cluster: LiveCluster, folder: str, busy: None, runs: bool) -> None:
+    if runs:
+        cluster.user(f"scancel -u {OTHER}", OTHER).ok()
+    with browser.page() as page:
+        _run_cell(page, cluster, folder, WAITING.replace("range(50)", "range(5000)"))
+        output = page.locator(".jp-OutputArea")
+        shown = r"job \d+ runs" if runs else r"job \d+ waits"
+        expect(output).to_contain_text(re.compile(shown), timeout=40_000 * PATIENCE)
+        page.get_by_title("Interrupt the kernel").first.click()
+        began = time.monotonic()
+        wait_until(
+            lambda: not cluster.slurm("squeue -h -u jovyan -t PENDING,RUNNING"), timeout_s=20, what="the job is gone"
+        )
+        assert time.monotonic() - began < 2 * PATIENCE
+        expect(output).to_contain_text("KeyboardInterrupt", timeout=40_000 * PATIENCE)
+        expect(output).not_to_contain_text(re.compile(shown))
+        assert [said["output_type"] for said in _said(page, cluster, folder)] == ["error"]
 
 
 def test_terminal_is_jovyan_s_and_has_slurm(cluster: LiveCluster, folder: str) -> None:

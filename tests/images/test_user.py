@@ -146,7 +146,10 @@ def test_only_init_and_what_waits_is_root(host: UserHost) -> None:
     processes = [line.split(None, 1) for line in host.root("ps -eo user=,args=").stdout.splitlines()]
     roots = {arguments for user, arguments in processes if user == "root"}
     assert all(
-        re.match(r"tini|bash /usr/local/sbin/userhost|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|getent", process)
+        re.match(
+            r"tini|bash /usr/local/sbin/userhost|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|getent|runc init",
+            process,
+        )
         for process in roots
     ), roots
     assert ["munge", "munged"] in [[user, arguments.split()[0]] for user, arguments in processes]
@@ -234,6 +237,31 @@ def test_nothing_makes_anyone_more_than_they_are(host: UserHost) -> None:
     assert host.user("find /usr /opt /etc -writable ! -type l 2>/dev/null").stdout == ""
 
 
+ASK = """
+import socket
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.settimeout(20)
+connection.connect("/run/queue-place/socket")
+connection.send(b'{"jobs": [1]}')
+print(connection.recv(1000).decode())
+"""
+
+
+def test_place_in_the_queue_is_told_by_a_daemon_that_is_not_root_and_comes_back(host: UserHost) -> None:
+    assert _python(host, ASK, "ada") == '{"of": 0, "jobs": {}}\n', "no cluster is behind this"
+    [pid] = host.root("pgrep -f queue_place[.]py").stdout.split()
+    status = host.root(f"cat /proc/{pid}/status").stdout
+    assert re.findall(r"^[UG]id:\s+(\d+)\s", status, re.MULTILINE) == ["802", "802"]
+    assert set(re.findall(r"^Cap\w+:\s+(\w+)", status, re.MULTILINE)) == {"0" * 16}
+    host.root(f"kill -9 {pid}")
+
+    def another() -> str:
+        return host.root("pgrep -f queue_place[.]py").stdout.replace(pid, "").strip()
+
+    wait_until(another, timeout_s=10, what="another one runs")
+    assert host.root("stat -c '%U %a' /run/queue-place").stdout == "slurm 755\n"
+
+
 MEASUREMENT = """
 from cfiddle import arg_map, build, code, run
 
@@ -285,6 +313,22 @@ def test_container_without_secrets_ends_and_says_why(image: str) -> None:
     done = _docker("run", "--rm", "--label", LABEL, image)
     assert done.returncode == 1
     assert "the secret munge-key is missing" in done.stderr
+
+
+def test_a_start_that_takes_long_is_not_taken_for_a_failure(image: str) -> None:
+    started = _docker("run", "-d", "--rm", "--label", LABEL, image, "sleep", "60")
+    container = started.stdout.strip()
+    try:
+
+        def failures() -> list[int]:
+            log = json.loads(_docker("inspect", "-f", "{{json .State.Health.Log}}", container).stdout) or []
+            return [entry["ExitCode"] for entry in log]
+
+        wait_until(lambda: len(failures()) > 3, timeout_s=40, what="several checks")
+        assert 0 not in failures()
+        assert _docker("inspect", "-f", "{{.State.Health.Status}}", container).stdout == "starting\n"
+    finally:
+        _docker("rm", "-f", container)
 
 
 def test_it_ends_quickly_when_told_to(host: UserHost) -> None:

@@ -32,12 +32,23 @@ def _parse(document: Any) -> Policy:
 
 
 def test_the_policy_of_this_checkout_is_valid() -> None:
-    policy = load(ROOT / "policy.yaml", sandbox_image="cfiddle-sandbox:1")
-    assert list(policy.profiles) == ["default"]
+    policy = load(ROOT / "policy.yaml", sandbox_image="cfiddle-sandbox:1", compiler_image="cfiddle-compiler:2")
+    assert list(policy.profiles) == ["default", "build"]
     assert policy.profiles["default"].image == "cfiddle-sandbox:1"
     assert policy.profiles["default"].command[3] == "delegate_function.inside"
     assert policy.profiles["default"].pool > 0
     assert policy.profiles["default"].mounts == ()
+    assert policy.profiles["build"].image == "cfiddle-compiler:2"
+
+
+def test_image_is_the_cluster_s_own_by_name_or_another_by_reference() -> None:
+    def image(**profile: str) -> str:
+        content = yaml.safe_dump(_document(**profile)).encode()
+        return parse(content, sandbox_image="s:1", compiler_image="c:1").profiles["default"].image
+
+    assert image() == image(image="cfiddle-sandbox") == "s:1"
+    assert image(image="cfiddle-compiler") == "c:1"
+    assert image(image="cfiddle-compiler:1") == "cfiddle-compiler:1"
 
 
 def test_a_request_lowers_limits_and_raises_none() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cfiddle_cluster.wait import wait_until
 from delegate_function import (
     CallNotSent,
     ConnectionLost,
@@ -445,8 +446,11 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
+    threads = threading.active_count()
     delegate = SubprocessDelegate()
     delegate.invoke(Thing(), "add", 1)
+    # A call comes back before its first hop has quite ended.
+    wait_until(lambda: threading.active_count() == threads, timeout_s=10, what="the first call's thread is gone")
     before = held()
     for _ in range(3):
         delegate.invoke(Thing(), "add", 1)
@@ -454,7 +458,7 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
             delegate.invoke(Thing(), "leave", 1)
         with pytest.raises(HopFailed):
             SubprocessDelegate(delegate_executable_path="/bin/false").invoke(Thing(), "add", 1)
-    assert held() == before
+    wait_until(lambda: held() == before, timeout_s=10, what="all is closed again")
 
 
 # Files.

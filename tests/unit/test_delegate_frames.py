@@ -1,6 +1,8 @@
 """Frames: whole ones come out however the bytes were cut, everything else is refused, and silence is noticed."""
 
+import fcntl
 import os
+import struct
 import time
 from collections.abc import Iterator
 
@@ -23,6 +25,12 @@ def test_frames_survive_being_cut_anywhere(content: list[tuple[bytes, bytes]], p
         found += list(decoder)
     assert found == content
     assert not decoder.partial
+
+
+def _decoded(stream: bytes) -> frames.Decoder:
+    decoder = frames.Decoder()
+    decoder.feed(stream)
+    return decoder
 
 
 def test_a_frame_ends_a_line_so_that_srun_passes_it_on() -> None:
@@ -49,6 +57,26 @@ def test_what_is_no_frame_is_refused(stream: bytes) -> None:
 def test_json_that_is_no_object_is_refused(content: bytes) -> None:
     with pytest.raises(frames.ProtocolError):
         frames.decode_json(content)
+
+
+@given(st.integers(0, 2**53 - 1), st.integers(0, 2**53 - 1))
+def test_progress_comes_out_as_it_went_in(one: int, other: int) -> None:
+    done, total = sorted((one, other))
+    [(kind, content)] = list(_decoded(frames.encode_progress(done, total)))
+    assert kind == frames.PROGRESS
+    assert frames.decode_progress(content) == (done, total)
+
+
+@pytest.mark.parametrize(("done", "total"), [(2, 1), (-1, 1), (0, 2**53)])
+def test_progress_that_cannot_be_is_not_sent(done: int, total: int) -> None:
+    with pytest.raises(ValueError, match="progress"):
+        frames.encode_progress(done, total)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(15), bytes(17), struct.pack(">QQ", 2, 1), struct.pack(">QQ", 0, 2**53)])
+def test_progress_that_cannot_be_is_refused(content: bytes) -> None:
+    with pytest.raises(frames.ProtocolError):
+        frames.decode_progress(content)
 
 
 def test_a_frame_has_a_largest_size() -> None:
@@ -129,3 +157,45 @@ def test_a_link_says_when_too_much_waits_and_drops_what_nobody_can_read(link: tu
     near.flush()
     assert not near.pending
     assert not near.congested
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
+
+
+def test_a_long_frame_that_trickles_in_is_waited_for(link: tuple[frames.Link, int, int], pauses: list[float]) -> None:
+    near, _, far_write = link
+    long, short = (frames.encode(frames.DATA, bytes(size)) for size in (frames.CHUNK, 5000))
+    poller = frames.Poller()
+    for piece, expected in ((long[:1000], 1), (long[1000:60_000], 0), (long[60_000:], 0), (short[:1000], 0)):
+        os.write(far_write, piece)
+        near.receive()
+        pauses.clear()
+        poller.wait([near.read_fd], [], [near])
+        poller.wait([near.read_fd], [], [near])
+        assert len(pauses) == expected, len(piece)
+
+
+def test_a_long_frame_that_trickles_out_is_waited_for(link: tuple[frames.Link, int, int], pauses: list[float]) -> None:
+    near, far_read, _ = link
+    poller = frames.Poller()
+    near.send(frames.encode(frames.DATA, bytes(frames.CHUNK // 2)))  # much of the last one is left over then
+    while not near.pending:
+        near.send(frames.encode(frames.DATA, bytes(frames.CHUNK)))
+    poller.wait([], [near.write_fd], [near])
+    for room, expected in ((4096, 1), (65536, 0)):
+        pauses.clear()
+        os.read(far_read, room)
+        near.flush()
+        poller.wait([], [near.write_fd], [near])
+        poller.wait([], [], [near])
+        assert len(pauses) == expected, room
+
+
+def test_a_pipe_holds_a_mebibyte_so_that_nobody_waits_for_a_pause(link: tuple[frames.Link, int, int]) -> None:
+    near, _, _ = link
+    for fd in (near.read_fd, near.write_fd):
+        assert fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) == 1024**2

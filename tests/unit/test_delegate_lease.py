@@ -165,7 +165,7 @@ def test_call_whose_job_still_waits_can_be_cancelled(chain: BaseDelegate, bin_di
     held = lease(chain)
     held.start()
     threading.Timer(0.3, held.cancel).start()
-    with pytest.raises(CallCancelled, match="before its job ran"):
+    with pytest.raises(CallCancelled, match="before it ran"):
         held.invoke(Guest(), "note", 0)
     assert held.is_over
 
