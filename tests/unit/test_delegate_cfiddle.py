@@ -9,7 +9,7 @@ from delegate_function.cfiddle import COLUMNS, build_method, execution_method
 
 
 def test_a_column_that_there_is_not_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigurationError, match="no column cpu, wall; there are: node, .*, counters"):
+    with pytest.raises(ConfigurationError, match=r"no column cpu, wall; there are: node, .*, counters"):
         execution_method(columns=["wall", "node", "cpu"])
     execution_method(columns=COLUMNS)
     execution_method(columns="node")
