@@ -252,7 +252,7 @@ FORGED: dict[str, list[tuple[str, bytes]]] = {
     "no JSON": _document("{"),
     "no text": [("data", b"\xff\xfe")],
     "brackets without end": _document("[" * 1_000_000),
-    "too deep": _document("[" * (MAX_DEPTH + 2) + "{}" + "]" * (MAX_DEPTH + 2)),
+    "too deep": _document("[" * (MAX_DEPTH + 2) + '{"int": "1"}' + "]" * (MAX_DEPTH + 2)),
     "a number of more than 64 bits": _document("[1, 18446744073709551616]"),
     "a number of very many digits": _document("1" * 100_000),
     "an unknown object": _document('{"pickle": 1}'),
