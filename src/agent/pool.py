@@ -7,6 +7,7 @@ then too, or with the end of its job, or when too many wait.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,7 +16,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from agent.engine import EngineError
@@ -106,39 +107,33 @@ class Pool:
         self._removals = 0
         self._wake = os.eventfd(0)
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._remove)]
-        quiet.on_change = self._on_change
+        quiet.on_change = lambda: os.eventfd_write(self._wake, 1)
         for thread in self._threads:
             thread.start()
 
-    def take(self, profile: Profile, limits: Limits, *, cpus: str, waiter: socket.socket) -> Sandbox:
-        """Return a sandbox for one call: one that waits, else one that is being made, else one made now.
+    @contextlib.contextmanager
+    def sandbox(
+        self, profile: Profile, limits: Limits, *, cpus: str, waiter: socket.socket, job: int, grant: Grant
+    ) -> Iterator[Sandbox]:
+        """Give a call a sandbox for as long as this context lasts: one that waits, or is being made, or is made now.
 
         Args:
             limits, cpus: what shall be in force in it.
             waiter: who waits for it; the wait ends when that connection is closed.
+            job, grant: the call's.
 
         Raises:
             EngineError, SandboxError: there is none to be had.
             Abandoned: nobody waits any more.
         """
         sandbox = self._take_ready(profile) or self._take_half_made(profile, waiter)
-        if sandbox is None:
-            return self._make_now(profile, limits, cpus, waiter)
+        sandbox = sandbox or self._make_now(profile, limits, cpus, waiter)
         try:
-            sandbox.lower(limits, cpus)
-        except EngineError:
-            self._discard(sandbox)
-            raise
-        return sandbox
-
-    def take_back(self, sandbox: Sandbox, job: int, grant: Grant) -> None:
-        """Remove a sandbox when that disturbs nobody; at once, if something may still run in it."""
-        if sandbox.state is not State.SERVED:
-            self._discard(sandbox)
-            return
-        with self._changed:
-            self._used.append(_Used(sandbox, job, grant))
-        os.eventfd_write(self._wake, 1)
+            with self._quiet.broken():
+                sandbox.lower(limits, cpus)
+                yield sandbox
+        finally:
+            self._take_back(sandbox, job, grant)
 
     def close(self) -> None:
         """Make no more; what is there already is left to whoever ends all sandboxes."""
@@ -153,7 +148,6 @@ class Pool:
             for sandbox in [sandbox for sandbox in self._ready if sandbox.profile is profile]:
                 if sandbox.is_well():
                     self._ready.remove(sandbox)
-                    os.eventfd_write(self._wake, 1)
                     return sandbox
         return None
 
@@ -189,13 +183,6 @@ class Pool:
         return sandbox
 
     # What is kept ready
-
-    def _on_change(self) -> None:
-        """Stop or go on, now that a call begins or ends."""
-        with self._changed:
-            if self._quiet.lasted_s() is None:
-                self._calm = False
-            self._rouse()
 
     def _rouse(self) -> None:
         """Let everybody look at what has changed; the lock is held."""
@@ -262,7 +249,6 @@ class Pool:
         sandbox: Sandbox | None = None
         problem: Exception | None = None
         try:
-            self._wait_for_leave(making)
             sandbox = self._sandboxes.create(profile, profile.limits, cpus=profile.limits.cpus_in(""))
             self._wait_for_leave(making)
             sandbox.start()
@@ -307,6 +293,15 @@ class Pool:
             self._changed.wait_for(lambda: self._may_work(making))
 
     # What is removed
+
+    def _take_back(self, sandbox: Sandbox, job: int, grant: Grant) -> None:
+        """Remove a sandbox when that disturbs nobody; at once, if something may still run in it."""
+        if sandbox.state is not State.SERVED:
+            self._discard(sandbox)
+            return
+        with self._changed:
+            self._used.append(_Used(sandbox, job, grant))
+        os.eventfd_write(self._wake, 1)
 
     def _give_to_remove(self) -> None:
         for used in list(self._used):

@@ -123,13 +123,10 @@ class Server:
         with self._slot(uid):
             limits = profile.limits.lowered(request.seconds, request.memory_mb)
             cpus = profile.limits.cpus_in(grant.cpus)
-            sandbox = self._pool.take(profile, limits, cpus=cpus, waiter=connection)
-            sandbox.holder = Holder(request.id, request.job, uid)
-            try:
-                with self._quiet.broken():
-                    self._run(connection, request, grant, sandbox, descriptors)
-            finally:
-                self._pool.take_back(sandbox, request.job, grant)
+            given = self._pool.sandbox(profile, limits, cpus=cpus, waiter=connection, job=request.job, grant=grant)
+            with given as sandbox:
+                sandbox.holder = Holder(request.id, request.job, uid)
+                self._run(connection, request, grant, sandbox, descriptors)
 
     def _lease(self, connection: socket.socket, uid: int, job: int) -> None:
         """Hold a lease as long as its connection and its job last."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from delegate_function import compilation
+from delegate_function import compilation, data, steps, terminal
 from delegate_function.delegates import BaseDelegate
 from delegate_function.errors import CallNotSent, also
 
@@ -39,6 +39,8 @@ class BuildMethod:
             """CFiddle's own, but for where its `make` runs."""
 
             def _invoke_make(self, command: list[str]) -> str:
+                if not steps.leaves(method.delegate.compile()):
+                    return str(super()._invoke_make(command))
                 if self._rebuild:
                     shutil.rmtree(self.build_directory, ignore_errors=True)
                 with also(CFiddleException):
@@ -74,13 +76,13 @@ class BuildMethod:
         there += [word for word in command if word.startswith("TARGET=")]
         there.append(f"{build}/{Path(source).stem}.so")
         wanted = [f"{build}/{Path(name).stem}{suffix}" for name in (source, *more) for suffix in _BUILT]
-        made = self.delegate.call(compilation, "compile", (files, directory, there, wanted))
-        output = "".join(c for c in str(made["output"]) if c in "\n\t" or c.isprintable())
+        made = self.delegate.call(compilation, "compile", (files, directory, there, wanted), results=data.DATA)
+        output = terminal.clean(made["output"])
         if made["status"] != 0:
             raise BuildFailure(" ".join(command), output)
         os.makedirs(build, exist_ok=True)
         for path in set(wanted) & set(made["files"]):
-            Path(path).write_bytes(made["files"][path].tobytes())
+            Path(path).write_bytes(made["files"][path])
         return output
 
     def _files(self, sources: list[str], parameters: Sequence[str]) -> tuple[dict[str, bytes], str]:

@@ -26,7 +26,7 @@ from typing import Any
 from delegate_function import counters, steps
 from delegate_function.building import BuildMethod
 from delegate_function.callinfo import CallInfo
-from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
+from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate, checked_results
 from delegate_function.errors import (
     ConfigurationError,
     CountersUnavailable,
@@ -55,6 +55,7 @@ def execution_method(
     inputs: Iterable[str | os.PathLike[str]] = (),
     outputs: Iterable[str | os.PathLike[str]] = (),
     columns: Iterable[str] = (),
+    results: str | None = None,
 ) -> ExecutionMethod:
     """Return what CFiddle's `RunnerDelegate_type` takes.
 
@@ -62,8 +63,10 @@ def execution_method(
         config: a delegate, YAML, or the name of a file with YAML; without it, a sandbox on a worker.
         inputs, outputs: files that the measured functions read and write, relative to the working directory.
         columns: which of COLUMNS the results have beside the measurements. They are the same for all of one run.
+        results: "data" for functions that are not trusted, as in `BaseDelegate.call`: only text and numbers come back,
+            of which CFiddle's results are made here.
     """
-    return ExecutionMethod(_delegate(config, SlurmDelegate, SandboxDelegate), inputs, outputs, columns)
+    return ExecutionMethod(_delegate(config, SlurmDelegate, SandboxDelegate), inputs, outputs, columns, results)
 
 
 def build_method(
@@ -108,10 +111,12 @@ class ExecutionMethod:
         inputs: Iterable[str | os.PathLike[str]] = (),
         outputs: Iterable[str | os.PathLike[str]] = (),
         columns: Iterable[str] = (),
+        results: str | None = None,
     ) -> None:
         self.delegate = delegate
         self._inputs = list(inputs)
         self._outputs = list(outputs)
+        self._results = checked_results(results)
         self._columns = [columns] if isinstance(columns, str) else list(columns)
         if unknown := sorted(set(self._columns) - set(COLUMNS)):
             raise ConfigurationError(f"there is no column {', '.join(unknown)}; there are: {', '.join(COLUMNS)}")
@@ -148,7 +153,9 @@ class ExecutionMethod:
     def _run_there(self, runner: Any) -> Any:
         invocations = list(runner.get_invocations())
         packed = pack(runner, invocations)
-        said = self.delegate.call(Experiment(), "run", (packed,), inputs=self._inputs, outputs=self._outputs)
+        said = self.delegate.call(
+            Experiment(), "run", (packed,), inputs=self._inputs, outputs=self._outputs, results=self._results
+        )
         info = self.delegate.last_call or CallInfo()
         try:
             if "error" in said:
@@ -157,7 +164,7 @@ class ExecutionMethod:
                 names, reason = said["no counters"]
                 raise _no_counters(names, reason, info)
             results = [_result(entry, runner, invocations) for entry in said["results"]]
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ResultNotReturned(f"what came back are no results of CFiddle's: {error}", where=info.where) from error
         _judge(info)
         return self._collected(results, runner, info)
@@ -203,6 +210,7 @@ def _exception(name: str, arguments: list[str]) -> Exception:
     for kind in kinds:  # grows meanwhile
         kinds += kind.__subclasses__()
     found: Exception = next((kind for kind in kinds if kind.__name__ == name), CFiddleException)(*arguments)
+    str(found)  # which fails now, not where it is shown, if these are not its arguments
     return found
 
 

@@ -48,10 +48,8 @@ def compile(files: dict[str, bytes], directory: str, command: list[str], wanted:
         wanted: the files to bring back, as far as they were made, by path from that directory.
 
     Returns:
-        `status`, `output` (of both streams), and `files`: contents by path, as arrays of bytes.
+        `status`, `output` (of both streams), and `files`: contents by path.
     """
-    import numpy
-
     resources = f"{_location('cfiddle')}/resources"
     with tempfile.TemporaryDirectory(prefix="compile-") as root:
         for path, content in files.items():
@@ -74,7 +72,7 @@ def compile(files: dict[str, bytes], directory: str, command: list[str], wanted:
         return {
             "status": done.returncode,
             "output": done.stdout,
-            "files": {path: numpy.fromfile(place / path, dtype=numpy.uint8) for path in made},
+            "files": {path: (place / path).read_bytes() for path in made},
         }
 
 

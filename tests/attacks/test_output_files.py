@@ -81,7 +81,8 @@ def test_what_is_no_plain_file_is_an_error_that_says_so(cluster: LiveCluster) ->
         came, said, left = results[kind]
         assert (kind, came) == (kind, error), said
         assert text in said, kind
-        assert left == {}, kind
+        # What a call has written before it raised comes back, as far as it is a file.
+        assert left in ({}, {"out": [FILE, 0, 1]}), kind
 
 
 def test_hard_link_comes_back_as_a_file_of_its_own(cluster: LiveCluster) -> None:

@@ -96,6 +96,7 @@ def shown(inspected: dict[str, Any]) -> str:
         r'"Image": "[^"]*"': '"Image": "IMAGE"',
         r"/[^\":]*/[0-9a-f]{32}:": "/SOCKET:",
         r'"(cfiddle\.(?:call|job|uid))": "[0-9a-f]+"': r'"\1": "NUMBER"',
+        r'"CgroupnsMode": "private"': '"CgroupnsMode": "host"',  # as the machine's cgroups are of version 2 or 1
     }.items():
         text = re.sub(pattern, word, text)
     return text + "\n"

@@ -18,7 +18,7 @@ files = {{"main.cpp": {source!r}.encode()}}
 command = ["make", "-R", "-f", compilation.RESOURCES + "/make/cfiddle.make", "BUILD=built", "CFIDDLE_VPATH=.",
            "CFIDDLE_INCLUDE=" + compilation.RESOURCES + "/include", "TARGET=" + {target!r}, "built/main.so"]
 made = compilation.compile(files, ".", command, ["built/main.so", "built/main.s", "built/none.so"])
-sizes = {{name: content.size for name, content in made["files"].items()}}
+sizes = {{name: len(content) for name, content in made["files"].items()}}
 print(json.dumps([made["status"], made["output"], sizes]))
 """
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from agent import wire
 from agent.engine import EngineError
-from agent.grants import Grants
+from agent.grants import Grant, Grants
 from agent.policy import Limits, Profile
 from agent.pool import Pool
 from agent.quiet import Quiet
@@ -39,8 +41,6 @@ class Sandbox:
             raise EngineError(500, self._maker.problem)
 
     def wait_until_ready(self, *, timeout_s: float, wake: int) -> bool:
-        import select
-
         ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
         if wake in ready:
             return False
@@ -69,6 +69,7 @@ class Sandboxes:
 
     def __init__(self) -> None:
         self.made: list[Sandbox] = []
+        self.made_at: list[float] = []
         self.destroyed: list[Sandbox] = []
         self.problem = ""
         self.boots, self._boot = os.pipe()
@@ -77,6 +78,7 @@ class Sandboxes:
         os.write(self._boot, b"x")
 
     def create(self, profile: Profile, limits: Limits, *, cpus: str) -> Sandbox:
+        self.made_at.append(time.monotonic())
         self.made.append(Sandbox(self, profile, limits, cpus))
         return self.made[-1]
 
@@ -105,11 +107,19 @@ class Machine:
     def revoke(self, job: int) -> None:
         (self.directory / str(job)).unlink()
 
-    def take(self) -> Any:
-        return self.pool.take(self.profile, LIMITS, cpus="", waiter=self.waiter)
+    def take(self, *, job: int = 1, limits: Limits = LIMITS, becomes: State = State.SERVING) -> Any:
+        """Have a call served, and return the sandbox that it had."""
+        grant = self.grants.find(job) or Grant(2001, "", (0, 0, 0))
+        call = {"waiter": self.waiter, "job": job, "grant": grant}
+        with self.pool.sandbox(self.profile, limits, cpus="", **call) as sandbox:  # type: ignore[arg-type]
+            sandbox.state = becomes
+        return sandbox
 
-    def count(self, state: State) -> int:
-        return sum(sandbox.state is state for sandbox in self.sandboxes.made)
+    def wait_until_full(self) -> None:
+        def full() -> bool:
+            return sum(sandbox.state is State.READY for sandbox in self.sandboxes.made) == self.profile.pool
+
+        self.wait_for("all that shall wait do", full)
 
     def wait_for(self, what: str, ready: Any) -> None:
         wait_until(ready, timeout_s=5, interval_s=0.005, what=what)
@@ -126,91 +136,91 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
 def test_it_is_filled_by_as_many_at_once_as_there_are_cpus(machine: Machine) -> None:
     machine.wait_for("two are made", lambda: len(machine.sandboxes.made) == 2)
     machine.sandboxes.boot()
-    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     assert len(machine.sandboxes.made) == 3
     assert len({machine.take().container for _ in range(3)}) == 3
-    machine.wait_for("three more wait", lambda: machine.count(State.READY) == 6)
+    machine.wait_until_full()
+    assert len(machine.sandboxes.made) == 6
 
 
-def test_nothing_is_made_while_a_job_is_there(machine: Machine, tmp_path: Path) -> None:
+def test_nothing_is_made_while_a_job_is_there(machine: Machine) -> None:
     machine.sandboxes.boot()
-    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     machine.grant(7)
-    taken = [machine.take() for _ in range(3)]
-    made_for_a_call = machine.take()
+    taken = [machine.take(job=7) for _ in range(3)]
+    assert {*machine.sandboxes.made} == {*taken}
+    made_for_a_call = machine.take(job=7)
     assert {*machine.sandboxes.made} == {*taken, made_for_a_call}
     machine.revoke(7)
-    machine.wait_for("three more wait", lambda: len(machine.sandboxes.made) == 7)
+    machine.wait_until_full()
+    assert len(machine.sandboxes.made) == 7
 
 
 def test_what_is_half_made_stands_still_and_goes_on(machine: Machine) -> None:
-    machine.wait_for("two are made", lambda: len(machine.sandboxes.made) == 2)
-    machine.wait_for("both started", lambda: all(sandbox.said for sandbox in machine.sandboxes.made))
+    machine.wait_for("both started", lambda: [s.said for s in machine.sandboxes.made] == [["started"]] * 2)
     machine.grant(7)
     machine.wait_for("both frozen", lambda: all(s.said == ["started", "frozen"] for s in machine.sandboxes.made))
     machine.sandboxes.boot()
-    assert machine.count(State.READY) == 0
-    assert machine.take() in machine.sandboxes.made
-    assert machine.count(State.READY) == 1, "the one that was taken"
+    taken = machine.take(job=7)
+    assert taken.said == ["started", "frozen", "thawed"]
+    [other] = {*machine.sandboxes.made} - {taken}
+    assert other.said == ["started", "frozen"]
     machine.revoke(7)
-    machine.wait_for("the other goes on", lambda: all("thawed" in s.said for s in machine.sandboxes.made[:2]))
-    assert all(s.said == ["started", "frozen", "thawed"] for s in machine.sandboxes.made[:2])
+    machine.wait_for("the other goes on", lambda: other.said == ["started", "frozen", "thawed"])
+    machine.wait_until_full()
 
 
 def test_a_call_that_begins_makes_the_others_stand_still(machine: Machine) -> None:
-    machine.wait_for("both started", lambda: [len(s.said) for s in machine.sandboxes.made] == [1, 1])
+    machine.wait_for("both started", lambda: [s.said for s in machine.sandboxes.made] == [["started"]] * 2)
     with machine.quiet.broken():
         machine.wait_for("both frozen", lambda: all("frozen" in s.said for s in machine.sandboxes.made))
     machine.wait_for("both go on", lambda: all("thawed" in s.said for s in machine.sandboxes.made))
 
 
+def test_a_call_gets_what_it_asked_for(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.wait_until_full()
+    lowered = LIMITS.lowered(1, 128)
+    machine.grant(7)
+    assert (machine.take(job=7).limits, machine.take(job=7, limits=lowered).limits) == (LIMITS, lowered)
+
+
 def test_whoever_waited_and_left_leaves_an_unused_one(machine: Machine) -> None:
-    machine.wait_for("both started", lambda: [len(s.said) for s in machine.sandboxes.made] == [1, 1])
+    machine.wait_for("both started", lambda: [s.said for s in machine.sandboxes.made] == [["started"]] * 2)
     machine.caller.close()
     with pytest.raises(Abandoned):
         machine.take()
     machine.sandboxes.boot()
-    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     assert machine.sandboxes.destroyed == []
 
 
 def test_a_used_one_is_removed_in_quiet_times_or_with_its_job(machine: Machine) -> None:
     machine.sandboxes.boot()
-    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     machine.grant(7)
     machine.grant(8)
-    for job in (7, 8):
-        sandbox, grant = machine.take(), machine.grants.find(job)
-        assert grant
-        sandbox.state = State.SERVED
-        machine.pool.take_back(sandbox, job, grant)
+    first, second = (machine.take(job=job, becomes=State.SERVED) for job in (7, 8))
     assert machine.sandboxes.destroyed == []
     machine.revoke(7)
-    machine.wait_for("the first is removed", lambda: len(machine.sandboxes.destroyed) == 1)
+    machine.wait_for("the first is removed", lambda: machine.sandboxes.destroyed == [first])
+    grant = machine.grants.find(8)
+    assert grant
     with machine.quiet.lease(8, grant):
-        machine.wait_for("the second too", lambda: len(machine.sandboxes.destroyed) == 2)
+        machine.wait_for("the second too", lambda: machine.sandboxes.destroyed == [first, second])
 
 
 def test_no_more_than_so_many_used_ones_wait(machine: Machine) -> None:
     machine.sandboxes.boot()
     machine.grant(7)
-    grant = machine.grants.find(7)
-    assert grant
-    for _ in range(12):
-        sandbox = machine.take()
-        sandbox.state = State.SERVED
-        machine.pool.take_back(sandbox, 7, grant)
-    machine.wait_for("the oldest are removed", lambda: len(machine.sandboxes.destroyed) == 4)
+    used = [machine.take(job=7, becomes=State.SERVED) for _ in range(12)]
+    machine.wait_for("the oldest are removed", lambda: machine.sandboxes.destroyed == used[:4])
 
 
 def test_what_may_still_run_is_removed_at_once(machine: Machine) -> None:
     machine.sandboxes.boot()
     machine.grant(7)
-    grant = machine.grants.find(7)
-    assert grant
-    sandbox = machine.take()
-    sandbox.state = State.SERVING
-    machine.pool.take_back(sandbox, 7, grant)
+    sandbox = machine.take(job=7)
     machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [sandbox])
 
 
@@ -219,14 +229,17 @@ def test_what_cannot_be_made_is_said_once_and_tried_ever_less_often(
 ) -> None:
     monkeypatch.setattr("agent.pool._FIRST_RETRY_S", 0.02)
     machine.sandboxes.boot()
-    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     machine.sandboxes.problem = "no space left"
     with caplog.at_level("INFO", "agent"):
         machine.take()
-        machine.wait_for("it was tried three times", lambda: len(machine.sandboxes.made) >= 6)
-        assert len(machine.sandboxes.made) < 12
+        machine.wait_for("it was tried four times", lambda: len(machine.sandboxes.made) >= 7)
         machine.sandboxes.problem = ""
-        machine.wait_for("three wait again", lambda: machine.count(State.READY) == 4)
+        machine.wait_until_full()
+    first, second, third, fourth = machine.sandboxes.made_at[3:7]
+    assert second - first >= 0.02
+    assert third - second >= 0.04
+    assert fourth - third >= 0.08
     said = [record.getMessage() for record in caplog.records]
     assert sum("no space left" in text for text in said) == 1
     assert sum("can be made again" in text for text in said) == 1
@@ -235,11 +248,11 @@ def test_what_cannot_be_made_is_said_once_and_tried_ever_less_often(
 def test_one_that_dies_while_it_waits_is_replaced(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.pool._FIRST_RETRY_S", 0.02)
     machine.sandboxes.boot()
-    machine.wait_for("three wait", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     dead = machine.sandboxes.made[1]
     dead.process.close()
     machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [dead])
-    machine.wait_for("three wait again", lambda: machine.count(State.READY) == 3)
+    machine.wait_until_full()
     assert dead not in [machine.take() for _ in range(3)]
 
 
