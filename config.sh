@@ -30,6 +30,13 @@ HOME_SERVER=""
 # --- What people reach ----------------------------------------------------------------------------------------------
 JUPYTER_PORT=8888
 
+# --- Measurements that can be trusted -------------------------------------------------------------------------------
+# A worker that is slower than others of its CPU model by more than so many percent takes no jobs until it no longer is.
+CALIBRATION_LIMIT=10
+# What ./invoke tune may set on real workers: governor (performance), boost (off), smt (off), swap (off), and counters
+# (kernel.perf_event_paranoid=2: users may count what their own programs do).
+TUNE="governor boost smt swap counters"
+
 # --- Images ---------------------------------------------------------------------------------------------------------
 # Empty: through the cluster's own registry on the head. Otherwise through this account at Docker Hub, or, as HOST:PORT/NAME,
 # through an account at another registry. Its password or access token is taken from DOCKERHUB_TOKEN, once.

@@ -128,6 +128,18 @@ def remove_worker(cluster, name):
     cluster.remove_worker(name)
 
 
+@cluster_task(help={"json": "print the figures as JSON"})
+def calibrate(cluster, json=False):
+    """Measure how fast each idle worker is; one that is slower than its fellows takes no jobs until it no longer is."""
+    return cluster.calibrate(as_json=json)
+
+
+@cluster_task(help={"undo": "put back what it changed"})
+def tune(cluster, undo=False):
+    """Set on real workers what measurements vary with (TUNE in config.sh); say what could not be set, and why."""
+    cluster.tune(undo=undo)
+
+
 @cluster_task(name="status", help={"json": "print it as JSON"})
 def status_(cluster, json=False):
     """Show machines, services, nodes, queue, and images that differ from what was built."""

@@ -45,7 +45,7 @@ PLACES = {
 
 # The agent's image has compiled files that Python takes without a look at the source: it must not find them.
 _UNCOMPILED = ("--env-add", "PYTHONPYCACHEPREFIX=/nonexistent")
-_START_S = 90
+_START_S = 180
 _TEST_S = 240
 _LINES = 25
 _SUCCEEDED, _REPELLED, _UNCLEAR = "succeeded", "repelled", "unclear"
@@ -288,7 +288,10 @@ def _wait_until_current(name: str, count: int) -> None:
             for task in tasks
         )
 
-    wait_until(look, timeout_s=_START_S, interval_s=0.3, what=f"{name} runs what it shall")
+    try:
+        wait_until(look, timeout_s=_START_S, interval_s=0.3, what=f"{name} runs what it shall")
+    except AssertionError as error:
+        raise ProofError(f"{error}; ./invoke logs shows why, ./invoke up mends it") from error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ SETTINGS = {
     "HOME_ROOT": "/srv/cfiddle-cluster/home",
     "JUPYTER_PORT": "8888",
     "REGISTRY_PORT": "5000",
+    "CALIBRATION_LIMIT": "10",
+    "TUNE": "governor boost smt swap counters",
     "HEAD_ADDR": "10.0.0.1",
 }
 

@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # the module `typing` takes longer to load than all of th
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["SOCKET", "Call", "Ended", "Hold", "Refused", "hold"]
+__all__ = ["SOCKET", "Call", "Ended", "Hold", "Refused", "hold", "ping"]
 
 _CONNECT_S = 1.0
 
@@ -136,6 +136,19 @@ def hold(*, job: int, socket_path: str = SOCKET) -> Hold:
         if isinstance(error, EOFError):
             raise ConnectionError("the agent went away") from error
         raise
+
+
+def ping(socket_path: str = SOCKET) -> None:
+    """Return if this machine's agent answers.
+
+    Raises:
+        OSError: it does not.
+    """
+    with _ask("ping", {}, socket_path) as connection:
+        try:
+            wire.receive(connection)
+        except EOFError as error:
+            raise ConnectionError("the agent went away") from error
 
 
 def _ask(kind: str, request: dict[str, Any], path: str, descriptors: tuple[int, ...] = ()) -> socket.socket:

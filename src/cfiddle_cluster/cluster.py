@@ -4,6 +4,7 @@ Every step promises a state and can be run again at any time. What a step needs 
 the machines themselves, so nothing here has to be carried from one run to the next but the list of workers.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from cfiddle_cluster import (
     backup,
+    calibration,
     config,
     distribution,
     engine,
@@ -26,6 +28,7 @@ from cfiddle_cluster import (
     slurm,
     stack,
     swarm,
+    tuning,
     userhost,
     users,
 )
@@ -92,6 +95,7 @@ class Cluster:
 
         built: dict[str, str] = {}
         references: dict[str, str] = {}
+        identities: dict[str, calibration.Identity] = {}
 
         def images_() -> None:
             built.update(images.build(self.config, report.note))
@@ -101,6 +105,15 @@ class Cluster:
 
         def distribution_() -> None:
             references.update(distribution.distribute(self.config, self.state, self._machines(), built, report.note))
+
+        def ready() -> None:
+            identities.update(readiness.wait_until_ready(self._machines()))
+
+        def calibration_() -> None:
+            limit = self.config.calibration_limit
+            for outcome in calibration.ensure_calibrated(self.state, self._slurm_workers(), identities, limit):
+                if outcome.difference and outcome.difference.is_off:
+                    report.note(f"{outcome.name} {outcome.what}; when it is mended: ./invoke calibrate")
 
         steps: dict[str, tuple[str, Callable[[], object]]] = {
             "engine": ("packages, Docker Engine, secrets", engine_),
@@ -114,7 +127,8 @@ class Cluster:
             "accounts": ("users: homes and accounts", lambda: users.ensure_accounts(self.config, self.state)),
             "stack": ("services", lambda: stack.deploy(self.config, self.state, references)),
             "users": ("users: associations in Slurm", lambda: users.ensure_associations(self.state)),
-            "ready": ("a job on each worker", lambda: readiness.wait_until_ready(self._machines())),
+            "ready": ("a job on each worker", ready),
+            "calibration": ("speed of new workers", calibration_),
             "tidy": ("images of before", lambda: distribution.remove_outdated(self._machines(), built)),
         }
         for name, (title, step) in steps.items():
@@ -147,6 +161,10 @@ class Cluster:
 
     def _workers(self) -> list[Machine]:
         return machines.named(self._worker_list())
+
+    def _slurm_workers(self) -> list[Machine]:
+        """Return the machines that run jobs; the head is one if it is a worker too."""
+        return [machine for machine in self._machines() if "worker" in machine.roles]
 
     def _worker_list(self) -> list[Machine]:
         if self.config.simulated:
@@ -261,6 +279,8 @@ class Cluster:
             else:
                 slurm.drain([name], "cfiddle: the worker is being removed")
                 slurm.wait_until_empty([name], timeout_s=stack.DRAIN_TIMEOUT_S)
+                if not machine.simulated:
+                    tuning.undo(self.config, self.state, [machine], report.note)
         with report.step(f"take {name} out of the cluster"):
             swarm.unlabel_worker(name)
             wait_until(
@@ -289,6 +309,32 @@ class Cluster:
     def _must_run(self) -> None:
         if not engine.is_running() or not services.container("slurmctld"):
             raise ClusterError("the cluster does not run", "./invoke up")
+
+    # --- measurements ------------------------------------------------------------------------------------------------
+
+    def calibrate(self, *, as_json: bool) -> int:
+        """Measure how fast each worker is, drain those that are off; return 1 if there are any, else 0."""
+        packages.ensure_root()
+        with self.state.lock("calibrate"):
+            self._must_run()
+            outcomes = calibration.calibrate(self.state, self._slurm_workers(), self.config.calibration_limit)
+        print(json.dumps(calibration.as_data(outcomes), indent=2) if as_json else calibration.table(outcomes))
+        return int(any(outcome.difference and outcome.difference.is_off for outcome in outcomes))
+
+    def tune(self, *, undo: bool) -> None:
+        """Set what measurements on real workers vary with, or put back what was; then compare them anew."""
+        packages.ensure_root()
+        if self.config.simulated:
+            print("nothing to set: simulated workers have this machine's CPUs, and are for trying")
+            return
+        with self.state.lock("tune"):
+            workers = self._slurm_workers()
+            act = tuning.undo if undo else tuning.tune
+            changed = act(self.config, self.state, workers, print)
+            if undo and not changed:
+                print("nothing to put back")
+            if changed and slurm.is_answering():
+                print(calibration.table(calibration.calibrate(self.state, workers, self.config.calibration_limit)))
 
     # --- users -------------------------------------------------------------------------------------------------------
 
@@ -366,6 +412,10 @@ class Cluster:
             with report.step("simulated machines"):
                 simulated.remove_all(purge=purge)
         if not self.config.simulated and self.state.exists:
+            if purge:
+                with report.step("settings of real machines"):
+                    workers = [self._head, *machines.answering(self._worker_list())]
+                    tuning.undo(self.config, self.state, workers, report.note)
             with report.step("real machines"):
                 self._release_workers(report, purge=purge)
         with report.step("swarm"):

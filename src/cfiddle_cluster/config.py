@@ -35,10 +35,14 @@ KNOBS = (
     "HOME_STORAGE",
     "HOME_SERVER",
     "JUPYTER_PORT",
+    "CALIBRATION_LIMIT",
+    "TUNE",
     "DOCKERHUB_USERNAME",
     "REGISTRY_PORT",
     "DEBIAN_RELEASE",
 )
+
+TUNABLE = ("governor", "boost", "smt", "swap", "counters")
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
@@ -72,6 +76,8 @@ class Config:
         root: the checkout.
         local_worker_cpus: CPUs of a simulated worker as told to Slurm; 0 for the machine's own, shared out.
         local_worker_memory_mb: its memory in megabytes; 0 likewise.
+        calibration_limit: percent by which a worker may be slower than its fellows.
+        tune: which of `TUNABLE` may be set on real workers.
         state_dir: where secrets and the list of users are kept.
     """
 
@@ -87,6 +93,8 @@ class Config:
     home_storage: str
     home_server: str
     jupyter_port: int
+    calibration_limit: int
+    tune: frozenset[str]
     dockerhub_username: str
     registry_port: int
     debian_release: str
@@ -145,6 +153,9 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         faults.append(f"HOME_ROOT is {home_root!r}; it must be an absolute path without blanks, commas and colons")
     elif Path(home_root) in (Path("/home"), Path("/root"), Path("/srv"), Path("/usr"), Path("/var"), Path("/etc")):
         faults.append(f"HOME_ROOT is {home_root}, which is the machine's own; choose a directory of its own")
+    tune = settings.get("TUNE", "").split()
+    if others := sorted(set(tune) - set(TUNABLE)):
+        faults.append(f"TUNE has {', '.join(others)}; it may have {', '.join(TUNABLE)}")
     ssh_key = settings.get("SSH_KEY", "")
     if ssh_key and not Path(ssh_key).expanduser().is_file():
         faults.append(f"SSH_KEY is {ssh_key!r}; there is no such file")
@@ -161,6 +172,8 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         home_storage=storage,
         home_server=server,
         jupyter_port=number("JUPYTER_PORT", 1, 65535),
+        calibration_limit=number("CALIBRATION_LIMIT", 1, 1000),
+        tune=frozenset(tune),
         dockerhub_username=text("DOCKERHUB_USERNAME", _REGISTRY_ACCOUNT, "account's name"),
         registry_port=number("REGISTRY_PORT", 1, 65535),
         debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",

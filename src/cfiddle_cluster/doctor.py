@@ -29,6 +29,7 @@ from cfiddle_cluster import (
     simulated,
     slurm,
     swarm,
+    tuning,
 )
 from cfiddle_cluster.config import LABEL, Config
 from cfiddle_cluster.errors import ClusterError
@@ -49,8 +50,8 @@ MEMORY_LEFT_MB = 256
 # A credential of MUNGE holds for 300 s (munged(8), --max-ttl): clocks further apart than that let nobody in.
 CLOCK_MEND_S = 60.0
 CLOCK_NOTE_S = 2.0
-# perf_event_open(2): with more than 2, users may not even count what their own programs do.
-PARANOID_MOST = 2
+STEAL_PER_MILLE = 10
+MOST_NAMES = 5
 STRAY_AFTER_S = 5.0
 """An agent removes the sandbox of a job that has ended within two seconds."""
 
@@ -118,6 +119,7 @@ def examine(config: Config, state: State) -> list[Finding]:
         findings += _trust(config, state, known)
         findings += _names(known)
         findings += _clocks(known)
+        findings += _load(config, known)
         findings += _strays(known)
         findings += account.result()
         findings += pythons.result()
@@ -337,40 +339,62 @@ def _nfs(config: Config, fact: Facts) -> Iterator[Finding]:
 def _counters(_config: Config, fact: Facts) -> Iterator[Finding]:
     if "worker" not in fact.machine.roles:
         return
-    paranoid = fact.number("paranoid")
+    paranoid = fact.settings.get(tuning.PARANOID)
     if not fact.pmu:
         yield Finding(NOTE, fact.name, "no hardware counters: the CPU shows no PMU here. Times can be measured")
-    elif paranoid is None or paranoid > PARANOID_MOST:
-        yield Finding(
-            NOTE,
-            fact.name,
-            f"hardware counters are closed to users: kernel.perf_event_paranoid is {paranoid}",
-            f"sysctl kernel.perf_event_paranoid={PARANOID_MOST} there, and the same in /etc/sysctl.d",
-        )
+    elif paranoid is None:
+        yield Finding(NOTE, fact.name, "no hardware counters: the kernel was built without perf events")
+    elif closed := tuning.unwanted({tuning.PARANOID: paranoid}):
+        mend = f"./invoke tune, or there: sysctl kernel.perf_event_paranoid={closed[0].wanted}"
+        yield Finding(NOTE, fact.name, f"{closed[0].meaning}: kernel.perf_event_paranoid is {paranoid}", mend)
     else:
         yield Finding(OK, fact.name, f"hardware counters: {', '.join(fact.pmu)}")
 
 
-def _quiet(_config: Config, fact: Facts) -> Iterator[Finding]:
-    """Say what makes measurements vary."""
-    if "worker" not in fact.machine.roles:
+def _is_measured_on(config: Config, fact: Facts) -> bool:
+    """Return whether measurements run on this machine's own hardware; that of simulated workers is the head's."""
+    return "head" in fact.machine.roles if config.simulated else "worker" in fact.machine.roles
+
+
+def _settings(config: Config, fact: Facts) -> Iterator[Finding]:
+    """Say which settings make measurements vary."""
+    if not _is_measured_on(config, fact):
         return
-    turbo = fact.values.get("no-turbo")
-    boost = {"0": "1", "1": "0"}.get(turbo, "") if turbo else fact.values.get("boost", "")
-    governor = fact.values.get("governor", "")
-    varies = []
-    if governor and governor != "performance":
-        varies.append(f"governor {governor}")
-    if boost == "1":
-        varies.append("boost on")
-    if fact.values.get("smt") == "1":
-        varies.append("SMT on")
-    if fact.number("SwapTotal"):
-        varies.append(f"{fact.number('SwapTotal')} MB of swap")
-    if varies:
-        yield Finding(NOTE, fact.name, f"measurements vary more with {', '.join(varies)}")
-    else:
+    found = [change for change in tuning.unwanted(fact.settings) if change.kind != "counters"]
+    if not found:
         yield Finding(OK, fact.name, "no governor, boost, SMT or swap is seen that measurements vary with")
+        return
+    used = f", {fact.number('swap-used')} MB of swap in use" if fact.number("swap-used") else ""
+    varies = ", ".join(dict.fromkeys(change.meaning for change in found))
+    may = {change.kind for change in found} & config.tune
+    mend = "./invoke tune" if may else "let ./invoke tune set that: TUNE in config.sh"
+    if config.simulated:
+        mend = "measure on real workers, which ./invoke tune can set"
+    yield Finding(NOTE, fact.name, f"measurements vary more with {varies}{used}", mend)
+
+
+def _disturbances(config: Config, fact: Facts) -> Iterator[Finding]:
+    """Say what else takes a machine's time."""
+    if not _is_measured_on(config, fact):
+        return
+    disturbed = False
+    if fact.foreign:
+        disturbed = True
+        names = ", ".join(fact.foreign[:MOST_NAMES]) + (" …" if len(fact.foreign) > MOST_NAMES else "")
+        what = f"containers that are not the cluster's run beside measurements: {names}"
+        yield Finding(NOTE, fact.name, what, "there: docker stop them, or run them elsewhere")
+    steal = fact.number("steal") or 0
+    if steal >= STEAL_PER_MILLE:
+        disturbed = True
+        what = f"{steal / 10:.1f} % of its CPU time went to other virtual machines (steal)"
+        yield Finding(NOTE, fact.name, what, "take a machine of metal, or one whose CPUs are its own")
+    throttled = fact.number("throttled") or 0
+    if throttled:
+        disturbed = True
+        what = f"its CPU was slowed down {throttled} times for heat or power since it started"
+        yield Finding(NOTE, fact.name, what, "see to its cooling; ./invoke calibrate compares it with its fellows")
+    if not disturbed:
+        yield Finding(OK, fact.name, "no foreign container, no CPU time stolen, no throttling")
 
 
 _CHECKS: tuple[Callable[[Config, Facts], Iterable[Finding]], ...] = (
@@ -383,7 +407,8 @@ _CHECKS: tuple[Callable[[Config, Facts], Iterable[Finding]], ...] = (
     _memory,
     _nfs,
     _counters,
-    _quiet,
+    _settings,
+    _disturbances,
 )
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -525,6 +550,24 @@ def _clocks(known: Sequence[Facts]) -> Iterator[Finding]:
     if not wrong and len(remote) > 1:
         most = max(abs(fact.offset_s) for fact in remote)
         yield Finding(OK, remote[0].name, f"clocks differ by {most:.2f} s at most")
+
+
+def _load(config: Config, known: Sequence[Facts]) -> Iterator[Finding]:
+    """Say who takes a machine's CPUs while no job runs there."""
+    measured = [fact for fact in known if _is_measured_on(config, fact)]
+    working = _working_nodes() if any(fact.busy for fact in measured) else set()
+    for fact in measured:
+        if fact.busy and not (working if config.simulated else working & {fact.name}):
+            who = ", ".join(f"{name} {percent} %" for name, percent in fact.busy)
+            what = f"busy while no job runs, in percent of one CPU: {who}"
+            yield Finding(NOTE, fact.name, what, "end what need not run there")
+
+
+def _working_nodes() -> set[str]:
+    """Return the names of the nodes that run jobs; none if Slurm does not answer."""
+    with suppress(ClusterError):
+        return {name for name, node in slurm.nodes().items() if node.state in slurm.WORKING}
+    return set()
 
 
 def _strays(known: Sequence[Facts]) -> Iterator[Finding]:

@@ -29,6 +29,9 @@ class Facts:
         trusted: the digest of the authority that its engine trusts for a registry, by "HOST:PORT".
         sandboxes: containers of sandboxes, and the number of the job that each is for.
         pmu: the names of the CPU's performance monitoring units.
+        settings: what measurements vary with, by the file that says it; "swap:DEVICE" for a swap area.
+        busy: who took a tenth of a CPU or more just now, and how many percent.
+        foreign: running containers that are not the cluster's.
         engine: what the engine says of itself; None if none runs.
         is_engine_installed: whether there is one to be started.
         offset_s: how far its clock is ahead of ours.
@@ -42,6 +45,9 @@ class Facts:
     trusted: Mapping[str, str] = field(default_factory=dict)
     sandboxes: Mapping[str, str] = field(default_factory=dict)
     pmu: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    busy: Sequence[tuple[str, int]] = ()
+    foreign: Sequence[str] = ()
     engine: Mapping[str, Any] | None = None
     is_engine_installed: bool = False
     offset_s: float = 0.0
@@ -110,6 +116,9 @@ def parse(machine: Machine, text: str, *, sent: float, received: float) -> Facts
     trusted: dict[str, str] = {}
     sandboxes: dict[str, str] = {}
     pmu: list[str] = []
+    settings: dict[str, str] = {}
+    busy: list[tuple[str, int]] = []
+    foreign: list[str] = []
     engine: dict[str, Any] | None = None
     for line in text.splitlines():
         name, _, value = line.partition(" ")
@@ -126,6 +135,14 @@ def parse(machine: Machine, text: str, *, sent: float, received: float) -> Facts
             sandboxes[container] = job
         elif name == "pmu":
             pmu.append(value)
+        elif name == "setting":
+            path, _, setting = value.partition(" ")
+            settings[path] = setting
+        elif name == "busy":
+            percent, _, who = value.partition(" ")
+            busy.append((who, int(percent)))
+        elif name == "container":
+            foreign.append(value)
         elif name == "info":
             engine = json.loads(value)
         else:
@@ -139,6 +156,9 @@ def parse(machine: Machine, text: str, *, sent: float, received: float) -> Facts
         trusted=trusted,
         sandboxes=sandboxes,
         pmu=pmu,
+        settings=settings,
+        busy=busy,
+        foreign=foreign,
         engine=engine,
         is_engine_installed=values.get("engine") != "absent",
         offset_s=offset_s,

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Print facts about this machine, one `name value` a line; changes nothing. Usage: probe.sh HOME_ROOT "PORTS" "HOST:PORT…"
-# PORTS: those to tell the holder of. HOST:PORT: what must be reached from here. Called by facts.py, over SSH too.
+# Print facts about this machine, one `name value` a line; changes nothing.
+# Usage: probe.sh HOME_ROOT "PORTS" "HOST:PORT…" [ROOT]
+# PORTS: those to tell the holder of. HOST:PORT: what must be reached from here. ROOT: where sys and proc are that tell of
+# measuring, for tests. Called by facts.py, over SSH too.
 set -u
 export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 
-home_root=$1 ports=$2 targets=$3
+home_root=$1 ports=$2 targets=$3 root=${4:-}
 
 read_file() { [[ -r $2 ]] && printf '%s %s\n' "$1" "$(<"$2")"; } 2>/dev/null
 
@@ -86,16 +88,43 @@ authorities() {
     done
 }
 
+# What spoils a measurement: settings (tuning.py says what each should be), heat, other virtual machines, swap.
 measuring() {
-    read_file paranoid /proc/sys/kernel/perf_event_paranoid
-    local device cpu=/sys/devices/system/cpu
-    for device in /sys/bus/event_source/devices/{cpu,cpu_core,armv8_*}; do
+    local file device
+    for device in "$root"/sys/bus/event_source/devices/{cpu,cpu_core,armv8_*}; do
         [[ -e $device ]] && printf 'pmu %s\n' "$(basename "$device")"
     done
-    read_file governor "$cpu/cpu0/cpufreq/scaling_governor"
-    read_file boost "$cpu/cpufreq/boost"
-    read_file no-turbo "$cpu/intel_pstate/no_turbo"
-    read_file smt "$cpu/smt/active"
+    for file in "$root"/sys/devices/system/cpu/{cpu[0-9]*/cpufreq/scaling_governor,cpufreq/boost,intel_pstate/no_turbo} \
+        "$root"/sys/devices/system/cpu/smt/control "$root"/proc/sys/kernel/perf_event_paranoid; do
+        read_file "setting ${file#"$root"}" "$file"
+    done
+    awk 'NR > 1 { print "setting swap:" $1 " on"; used += $4 } END { print "swap-used", int(used / 1024) }' "$root/proc/swaps"
+    # Package and core count the same heat: the most that a CPU tells.
+    sort -n "$root"/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count 2>/dev/null |
+        awk 'END { if (NR) print "throttled", $1 }'
+    # proc_stat(5): user nice system idle iowait irq softirq steal, in ticks since the machine started; in tenths of a percent.
+    awk '$1 == "cpu" { busy = $2 + $3 + $4 + $7 + $8 + $9; if (busy) print "steal", int(1000 * $9 / busy) }' "$root/proc/stat"
+}
+
+processes() { # what each has used of the CPUs (proc_pid_stat(5)): process, ticks, name
+    cat "$root"/proc/[0-9]*/stat 2>/dev/null |
+        awk '{ name = $0; sub(/^[0-9]+ \(/, "", name); sub(/\) .*/, "", name); rest = $0; sub(/.*\) /, "", rest)
+               split(rest, field, " "); print $1, field[12] + field[13], name }'
+}
+
+# Who takes a tenth of a CPU or more: percent and name, the busiest first.
+busy() {
+    local before
+    before=$(processes)
+    sleep 1
+    {
+        printf '%s\n\n' "$before"
+        processes
+    } | awk -v ticks="$(getconf CLK_TCK)" '
+        !NF { later = 1 }
+        NF && !later { used[$1] = $2 }
+        NF && later && $1 in used { percent = 100 * ($2 - used[$1]) / ticks; sub(/^[0-9]+ [0-9]+ /, "")
+                                    if (percent >= 10) print "busy", int(percent), $0 }' | sort -k2,2nr | head -n 5
 }
 
 docker_engine() {
@@ -106,6 +135,7 @@ docker_engine() {
         printf 'engine stopped\n'
     else
         sandboxes
+        "${docker[@]}" ps --format 'container {{.Names}} {{.Labels}}' 2>/dev/null | awk '!/[ ,]cfiddle\./ { print $1, $2 }'
     fi
 }
 
@@ -140,6 +170,7 @@ main() {
     reached
     authorities
     measuring
+    busy
     docker_engine
     printf 'ended %s\n' "$EPOCHREALTIME"
 }

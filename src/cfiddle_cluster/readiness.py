@@ -1,15 +1,14 @@
 """Ready means that a job ran on each worker and is on record, not that containers are up."""
 
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from cfiddle_cluster import slurm
+from cfiddle_cluster.calibration import PROGRAM, Identity
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.wait import wait_until
-
-PROBE = "2000:2000"
-"""The ordinary account `probe`, which has no home and runs nothing else."""
 
 REGISTER_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 60.0
@@ -18,8 +17,10 @@ BUSY_TIMEOUT_S = 600.0
 ATTEMPTS = 3
 
 
-def wait_until_ready(machines: Iterable[Machine]) -> None:
+def wait_until_ready(machines: Iterable[Machine]) -> dict[str, Identity]:
     """Wait until a job of the ordinary account `probe` has run on each worker and its record can be read.
+
+    Returns which machine each worker is, by name, as far as a job ran there now.
 
     A worker whose node is busy or drained takes no such job now: it is ready if it answers and has such a record.
 
@@ -37,8 +38,8 @@ def wait_until_ready(machines: Iterable[Machine]) -> None:
         remedy="./invoke status shows which do not; ./invoke logs slurmd shows why",
     )
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for _ in pool.map(_ensure_proof, names):
-            pass
+        found = dict(zip(names, pool.map(_ensure_proof, names), strict=True))
+    return {name: identity for name, identity in found.items() if identity}
 
 
 def _missing(names: Iterable[str]) -> list[str]:
@@ -46,15 +47,16 @@ def _missing(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in nodes or not nodes[name].is_answering]
 
 
-def _ensure_proof(name: str) -> None:
-    """Run a job on the worker, or find that one has run on it."""
+def _ensure_proof(name: str) -> Identity | None:
+    """Run a job on the worker and return which machine it is, or find that one has run on it."""
     failures: list[ClusterError] = []
+    identity: list[Identity] = []
 
     def is_proven() -> bool:
         if not slurm.nodes()[name].is_idle:
             return _has_record(name)
         try:
-            _run_job(name)
+            identity.append(_run_job(name))
         except ClusterError as error:
             # Somebody else's job may have come first, or a slurmd that has only just registered was not quite there.
             failures.append(error)
@@ -70,13 +72,16 @@ def _ensure_proof(name: str) -> None:
         what=f"a job of the account probe on {name}, which is busy or drained and has never run one",
         remedy=f"sinfo --list-reasons tells why it takes no job; scontrol update nodename={name} state=resume lets it",
     )
+    return identity[0] if identity else None
 
 
-def _run_job(name: str) -> None:
-    """Run a job on an idle worker and wait for its record."""
+def _run_job(name: str) -> Identity:
+    """Run a job on an idle worker and wait for its record; return which machine it says it is."""
     options = ["--job-name=ready", "--partition=shared", f"--nodelist={name}", "--ntasks=1", "--mem=1", "--time=1"]
-    command = ["srun", "--chdir=/", "--immediate=5", *options, "printenv", "SLURMD_NODENAME", "SLURM_JOB_ID"]
-    where, job = slurm.slurm(command, user=PROBE, timeout_s=JOB_TIMEOUT_S).split()
+    script = f'echo "$SLURMD_NODENAME $SLURM_JOB_ID" && exec {PROGRAM} identity'
+    command = ["srun", "--chdir=/", "--immediate=5", *options, "sh", "-c", script]
+    said, identity = slurm.slurm(command, user=slurm.PROBE, timeout_s=JOB_TIMEOUT_S).splitlines()
+    where, job = said.split()
     if where != name:
         raise ClusterError(f"the job for {name} ran on {where}", "two machines must not have the same name")
     wait_until(
@@ -85,6 +90,7 @@ def _run_job(name: str) -> None:
         what=f"the record of job {job} on {name} in the accounting",
         remedy="./invoke logs slurmdbd and ./invoke logs mysql show why",
     )
+    return Identity(**json.loads(identity))
 
 
 def _has_record(name: str) -> bool:

@@ -11,6 +11,9 @@ from cfiddle_cluster.wait import wait_until
 ACCOUNT = "cfiddle"
 """The one account that all users belong to; each has a share of their own in it."""
 
+PROBE = "2000:2000"
+"""The ordinary account `probe`, which has no home: it runs what proves and measures workers, and nothing else."""
+
 QOS = {
     "lease": {"GraceTime": "00:00:30", "MaxWall": "01:00:00", "MaxJobsPU": "4", "Flags": "DenyOnLimit"},
     "normal": {"Preempt": "lease"},
@@ -22,6 +25,9 @@ after its grace time. A user has so many at once, and each so long; one that ask
 """
 
 _SHOW = ("sacctmgr", "--noheader", "--parsable2", "show")
+WORKING = frozenset({"allocated", "mixed", "completing", "draining"})
+"""The states of a node that runs a job or its epilog."""
+
 _ABSENT = frozenset({"down", "unknown", "future"})
 
 
@@ -154,8 +160,7 @@ def wait_until_empty(names: Iterable[str], *, timeout_s: float) -> None:
     wanted = set(names)
 
     def is_empty() -> bool:
-        busy = ("allocated", "mixed", "completing", "draining")
-        return not any(node.state in busy and node.is_answering for name, node in nodes().items() if name in wanted)
+        return not any(node.state in WORKING and node.is_answering for name, node in nodes().items() if name in wanted)
 
     wait_until(is_empty, timeout_s=timeout_s, interval_s=0.5, what=f"the jobs on {', '.join(sorted(wanted))} to end")
 

@@ -26,7 +26,7 @@ from typing import Any
 from delegate_function import counters, steps
 from delegate_function.building import BuildMethod
 from delegate_function.callinfo import CallInfo
-from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate, checked_results
+from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
 from delegate_function.errors import (
     ConfigurationError,
     CountersUnavailable,
@@ -116,7 +116,7 @@ class ExecutionMethod:
         self.delegate = delegate
         self._inputs = list(inputs)
         self._outputs = list(outputs)
-        self._results = checked_results(results)
+        self._results = results
         self._columns = [columns] if isinstance(columns, str) else list(columns)
         if unknown := sorted(set(self._columns) - set(COLUMNS)):
             raise ConfigurationError(f"there is no column {', '.join(unknown)}; there are: {', '.join(COLUMNS)}")
@@ -215,9 +215,8 @@ def _exception(name: str, arguments: list[str]) -> Exception:
 
 
 def _result(entry: Any, runner: Any, invocations: list[Any]) -> Any:
-    if not isinstance(entry, list):
-        if isinstance(getattr(entry, "invocation", None), int):
-            entry.invocation = invocations[entry.invocation]
+    if not isinstance(entry, list):  # of an invoker of one's own
+        entry.invocation = invocations[entry.invocation]
         return entry
     number, rows, value = entry
     if not all(isinstance(text, str) for row in rows for pair in row.items() for text in pair):

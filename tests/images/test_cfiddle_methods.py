@@ -54,7 +54,7 @@ def counting(start_for_all: Start) -> Container:
 
 def say(container: Container, program: str) -> Any:
     """Run a program and return what its last line says."""
-    output = container.run("python3", "-c", PROLOGUE + program, timeout_s=60)
+    output = container.run("python3", "-c", PROLOGUE + program, timeout_s=180)
     return json.loads(output.splitlines()[-1])
 
 
@@ -124,10 +124,11 @@ print(json.dumps(names))
     assert say(user, program) == ["0.so", "1.so", "2.so"]
 
 
-def test_measurements_are_the_same_with_columns_for_who_asks(user: Container) -> None:
+def test_measurements_that_come_as_data_are_the_same_with_columns_for_who_asks(user: Container) -> None:
     program = """
 executables = build(code(TEXT), arg_map(OPTIMIZE=["-O0", "-O2"]))
-with cfiddle_config(RunnerDelegate_type=execution_method(here, columns=["node", "seconds", "cpu_model"])):
+method = execution_method(here, columns=["node", "seconds", "cpu_model"], results="data")
+with cfiddle_config(RunnerDelegate_type=method):
     results = run(executables, "sum_up", arg_map(n=[10, 1000]))
 plain = run(executables, "sum_up", arg_map(n=[10, 1000]))
 rows = results.as_df().to_dict("records")
@@ -143,11 +144,36 @@ print(json.dumps([type(results).__name__, type(results[0]).__name__, values[0] =
     assert times == [True] * 4
 
 
-def test_exceptions_of_cfiddles_come_as_they_are(user: Container) -> None:
+def test_what_a_function_makes_of_its_results_is_never_opened_as_more_than_text(user: Container) -> None:
+    program = """
+class Forger:
+    def __init__(self, *arguments):
+        pass
+    def run(self):
+        from delegate_function.experiment import Measured
+        return FORGED
+
+said = []
+executable = build(code(TEXT))
+objects, right = [Forger(), {"invocation": 0}], [0, [{"ET": "1"}], 1]
+wrong = [[0, [{"ET": 1}], 1], [9, [], 1], [0, [["ET"]], 1], [0, "rows", 1]]
+for FORGED in (*objects, right, *wrong):
+    with cfiddle_config(RunnerDelegate_type=execution_method(here, results="data"), Invoker_type=Forger):
+        try:
+            run(executable, "sum_up", arg_map(n=1))
+            said.append("taken")
+        except ResultNotReturned as error:
+            said.append("refused")
+print(json.dumps(said))
+"""
+    assert say(user, program) == ["refused", "refused", "taken", *["refused"] * 4]
+
+
+def test_exceptions_of_cfiddles_come_as_they_are_also_as_data(user: Container) -> None:
     program = """
 said = []
 executable = build(code(TEXT))
-with cfiddle_config(RunnerDelegate_type=execution_method(here)):
+with cfiddle_config(RunnerDelegate_type=execution_method(here, results="data")):
     for function, arguments in (("no_such", {}), ("sum_up", {}), ("sum_up", {"n": 1, "m": 2}), ("sum_up", {"n": "x"})):
         try:
             run(executable, function, [arguments])

@@ -1,5 +1,6 @@
 """The orchestration: which steps run in which order, what is remembered of the workers, what is refused untouched."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from cfiddle_cluster import cluster as cluster_module
+from cfiddle_cluster.calibration import Difference, Outcome
 from cfiddle_cluster.cluster import Cluster
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
@@ -22,6 +24,8 @@ class World:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[str] = []
         self.failing: dict[str, ClusterError] = {}
+        self.outcomes: list[Outcome] = []
+        self.changed: list[str] = []
         self.there = ["c1", "c2"]
         self.silent: set[str] = set()
         self.state = State(tmp_path / f"state-of-{tmp_path.name}")
@@ -36,12 +40,17 @@ class World:
             "users": "ensure_accounts ensure_associations",
             "stack": "deploy remove remove_volumes",
             "slurm": "drain wait_until_empty delete_node set_down",
-            "readiness": "wait_until_ready",
             "images": "remove_images",
             "distribution": "remove_outdated",
         }.items():
             for name in names.split():
                 self._replace(module, name, self._note(f"{module}.{name}"))
+        self._replace("readiness", "wait_until_ready", self._note("readiness.wait_until_ready", {"c1": "identity"}))
+        self._replace("calibration", "ensure_calibrated", self._note("calibration.ensure_calibrated", self.outcomes))
+        self._replace("calibration", "calibrate", self._note("calibration.calibrate", self.outcomes))
+        self._replace("tuning", "tune", self._note("tuning.tune", self.changed))
+        self._replace("tuning", "undo", self._note("tuning.undo", self.changed))
+        self._replace("slurm", "is_answering", lambda: True)
         self._replace("images", "build", self._note("images.build", {"machine": "m:1", "registry": "r:1"}))
         self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
         self._replace("simulated", "existing", lambda: [name for name in self.there if name.startswith("c")])
@@ -132,6 +141,7 @@ UP = [
     "stack.deploy",
     "users.ensure_associations",
     "readiness.wait_until_ready",
+    "calibration.ensure_calibrated",
     "distribution.remove_outdated",
 ]
 
@@ -497,3 +507,52 @@ def test_down_goes_on_past_a_worker_that_does_not_answer_and_names_it(
     assert left == ["10.0.0.3"]
     assert "10.0.0.2 does not answer" in capsys.readouterr().err
     assert world.verbs()[-1] == "swarm.leave"
+
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+OFF = Outcome("c2", None, Difference(14.2, "14 % slower than its fellows: why", True), "drained: why")
+
+
+def test_a_new_worker_that_is_slow_is_told_of_by_up(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.outcomes.append(OFF)
+    world.cluster().up()
+    assert "c2 drained: why; when it is mended: ./invoke calibrate" in capsys.readouterr().err
+
+
+def test_calibrate_fails_while_a_worker_is_off(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.cluster().calibrate(as_json=False) == 0
+    world.outcomes.append(OFF)
+    assert world.cluster().calibrate(as_json=False) == 1
+    assert "drained: why" in capsys.readouterr().out
+    assert world.cluster().calibrate(as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)[0]["difference"]["percent"] == 14.2
+
+
+def test_nothing_is_set_on_simulated_workers(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.cluster().tune(undo=False)
+    assert "nothing to set" in capsys.readouterr().out
+    assert world.did == ["packages.ensure_root"]
+
+
+@pytest.mark.parametrize(("undo", "did"), [(False, "tuning.tune"), (True, "tuning.undo")])
+def test_workers_are_compared_anew_when_their_settings_changed(world: World, undo: bool, did: str) -> None:
+    cluster = world.cluster(WORKER_ADDRS="10.0.0.2")
+    cluster.tune(undo=undo)
+    assert world.verbs()[-1] == did
+    world.changed.append("10.0.0.2")
+    cluster.tune(undo=undo)
+    assert world.verbs()[-2:] == [did, "calibration.calibrate"]
+
+
+def test_settings_of_real_workers_are_put_back_when_they_leave(world: World) -> None:
+    world.there = ["10.0.0.2", "10.0.0.3"]
+    world.state.path("secrets").mkdir()
+    cluster = world.cluster(WORKER_ADDRS="10.0.0.2 10.0.0.3")
+    cluster.remove_worker("10.0.0.3")
+    assert world.verbs().index("tuning.undo") < world.verbs().index("swarm.unlabel_worker")
+    world.did.clear()
+    cluster.down(purge=False)
+    assert "tuning.undo" not in world.verbs()
+    cluster.down(purge=True)
+    assert "tuning.undo" in world.verbs()

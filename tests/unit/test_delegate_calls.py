@@ -29,6 +29,7 @@ from delegate_function import (
     TrivialDelegate,
     VersionMismatch,
     frames,
+    launch,
 )
 from delegate_function.delegates import BaseDelegate
 
@@ -459,6 +460,14 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
         with pytest.raises(HopFailed):
             SubprocessDelegate(delegate_executable_path="/bin/false").invoke(Thing(), "add", 1)
     wait_until(lambda: held() == before, timeout_s=10, what="all is closed again")
+
+
+def test_call_is_ended_before_its_process_got_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_become_worker", lambda: time.sleep(30))
+    worker = launch.Worker({}, "here")
+    started = time.monotonic()
+    worker.discard()
+    assert time.monotonic() - started < 5
 
 
 # Files.

@@ -41,16 +41,22 @@ VALUES = {
     "link-vxlan": "yes",
     "link-bridge": "yes",
     "apt-get": "yes",
-    "paranoid": "2",
-    "governor": "performance",
-    "smt": "0",
+}
+CPU = "/sys/devices/system/cpu"
+PARANOID = "/proc/sys/kernel/perf_event_paranoid"
+SETTINGS = {
+    f"{CPU}/cpu0/cpufreq/scaling_governor": "performance",
+    f"{CPU}/cpufreq/boost": "0",
+    f"{CPU}/smt/control": "notsupported",
+    PARANOID: "2",
 }
 
 
 def well(of: Machine, **changes: Any) -> Facts:
     """Return the facts of a machine that nothing is wrong with, with some changed; `values` are added to its own."""
     values = {**VALUES, "name": of.name, **changes.pop("values", {})}
-    return replace(Facts(machine=of, values=values, engine=INFO, is_engine_installed=True, pmu=["cpu"]), **changes)
+    found = Facts(machine=of, values=values, engine=INFO, is_engine_installed=True, pmu=["cpu"], settings=SETTINGS)
+    return replace(found, **changes)
 
 
 HEAD, C1, C2 = machine("head", "head"), machine("c1"), machine("c2")
@@ -67,6 +73,7 @@ class Patient:
         self.ports_of_the_cluster: set[int] = set()
         self.is_running = True
         self.jobs: set[str] = set()
+        self.working: set[str] = set()
         self.sandboxes_later: dict[str, set[str]] = {}
         monkeypatch.setattr(doctor.packages, "ensure_root", lambda: None)
         monkeypatch.setattr(doctor.machines, "short_hostname", lambda: "head")
@@ -75,6 +82,7 @@ class Patient:
         monkeypatch.setattr(doctor, "_ports_of_the_cluster", lambda: self.ports_of_the_cluster)
         monkeypatch.setattr(doctor, "_has_registry", lambda: False)
         monkeypatch.setattr(doctor, "_pythons", lambda *_args, **_kwargs: [])
+        monkeypatch.setattr(doctor, "_working_nodes", lambda: self.working)
         monkeypatch.setattr(doctor, "_jobs", lambda: self.jobs)
         monkeypatch.setattr(doctor, "_sandboxes", lambda found: self.sandboxes_later.get(found.name, set()))
         monkeypatch.setattr(doctor, "STRAY_AFTER_S", 0.0)
@@ -170,9 +178,39 @@ def test_what_would_not_work_must_be_mended(
         ({"engine": None}, "Docker Engine does not run yet"),
         ({"values": {"link-veth": "unknown"}}, "no telling yet whether it has veth pairs"),
         ({"pmu": []}, "no hardware counters"),
-        ({"values": {"paranoid": "4"}}, "kernel.perf_event_paranoid is 4"),
-        ({"values": {"governor": "powersave", "boost": "1"}}, "governor powersave, boost on"),
-        ({"values": {"no-turbo": "0", "smt": "1", "SwapTotal": "2048"}}, "boost on, SMT on, 2048 MB of swap"),
+        ({"settings": {**SETTINGS, PARANOID: "4"}}, "closed to users: kernel.perf_event_paranoid is 4"),
+        ({"settings": {f"{CPU}/smt/control": "off"}}, "the kernel was built without perf events"),
+        (
+            {
+                "settings": {
+                    **SETTINGS,
+                    f"{CPU}/cpu0/cpufreq/scaling_governor": "powersave",
+                    f"{CPU}/cpu1/cpufreq/scaling_governor": "powersave",
+                    f"{CPU}/cpufreq/boost": "1",
+                }
+            },
+            "vary more with governor powersave, boost on",
+        ),
+        (
+            {
+                "settings": {
+                    **SETTINGS,
+                    f"{CPU}/intel_pstate/no_turbo": "0",
+                    f"{CPU}/smt/control": "on",
+                    "swap:/dev/sda": "on",
+                },
+                "values": {"swap-used": "12"},
+            },
+            "boost on, swap on, SMT on, 12 MB of swap in use",
+        ),
+        ({"foreign": ["web", "db"]}, "containers that are not the cluster's run beside measurements: web, db"),
+        ({"foreign": list("abcdefg")}, "a, b, c, d, e …"),
+        ({"values": {"steal": "25"}}, "2.5 % of its CPU time went to other virtual machines"),
+        ({"values": {"throttled": "3"}}, "slowed down 3 times for heat"),
+        (
+            {"busy": [("firefox", 80), ("make", 12)]},
+            "busy while no job runs, in percent of one CPU: firefox 80 %, make 12 %",
+        ),
         ({"offset_s": -5.0, "offset_error_s": 0.5}, "its clock is 5.0 s behind"),
     ],
 )
@@ -190,17 +228,46 @@ def test_what_is_good_to_know_need_not_be_mended(patient: Patient, changes: dict
         ("head", {"listeners": {("tcp", 2377): "dockerd", ("tcp", 7946): "dockerd", ("udp", 4789): "kernel"}}),
         ("head", {"listeners": {("tcp", 4789): "nginx"}}),  # not the protocol that Swarm uses
         ("c1", {"listeners": {("tcp", 2377): "nginx", ("tcp", 8888): "python3"}}),  # the head's ports
-        ("c1", {"values": {"no-turbo": "1"}}),
+        ("c1", {"settings": {**SETTINGS, f"{CPU}/intel_pstate/no_turbo": "1", f"{CPU}/smt/control": "forceoff"}}),
+        ("c1", {"settings": {**SETTINGS, PARANOID: "-1"}}),
+        ("c1", {"values": {"steal": "9", "throttled": "0"}}),
         ("c1", {"engine": INFO | {"ClientInfo": {"Version": "26.1.5", "Plugins": []}}}),  # nothing is built there
         ("head", {"engine": INFO | {"ClientInfo": {"Version": "26.1.5", "Plugins": [{"Name": "buildx"}]}}}),
         ("head", {"engine": INFO | {"ClientInfo": {"Debug": False, "Plugins": None}}}),  # the client of 20.10
         ("c1", {"offset_s": 30.0, "offset_error_s": 29.0}),  # a slow answer proves nothing
-        ("head", {"pmu": [], "values": {"governor": "powersave"}}),  # nothing is measured there
+        # nothing is measured there
+        ("head", {"pmu": [], "settings": {f"{CPU}/smt/control": "on"}, "foreign": ["web"], "busy": [("firefox", 80)]}),
     ],
 )
 def test_what_is_well_is_let_alone(patient: Patient, who: str, changes: dict[str, Any]) -> None:
     patient.change(who, **changes)
     assert patient.findings(MEND) + patient.findings(NOTE) == []
+
+
+def test_a_worker_that_runs_a_job_may_be_busy(patient: Patient) -> None:
+    patient.change("c1", busy=[("function", 100)])
+    patient.working = {"c2"}
+    assert len(patient.findings(NOTE)) == 1
+    patient.working = {"c1"}
+    assert patient.findings(NOTE) == []
+
+
+def test_simulated_workers_measure_on_the_head_s_hardware(patient: Patient, tmp_path: Path) -> None:
+    patient.config = config(tmp_path)
+    settings = {**SETTINGS, f"{CPU}/smt/control": "on"}
+    patient.answers = [well(found, settings=settings, busy=[("x", 50)], foreign=["web"]) for found in (HEAD, C1, C2)]
+    found = patient.findings(NOTE)
+    assert [finding.machine for finding in found] == ["head"] * 3
+    assert any("real workers" in finding.mend for finding in found)
+    patient.working = {"c2"}
+    assert len(patient.findings(NOTE)) == 2
+
+
+def test_what_tune_may_not_set_is_told_with_where_to_allow_it(patient: Patient) -> None:
+    patient.change("c1", settings={**SETTINGS, f"{CPU}/smt/control": "on"})
+    assert patient.only(NOTE).mend == "./invoke tune"
+    patient.config = replace(patient.config, tune=frozenset({"governor"}))
+    assert "TUNE in config.sh" in patient.only(NOTE).mend
 
 
 def test_ports_that_the_cluster_s_own_containers_hold_are_well(patient: Patient) -> None:

@@ -29,10 +29,16 @@ trust 10.0.0.1:5000 abc
 sandbox 0123 17
 sandbox 4567
 pmu cpu
+setting /sys/devices/system/cpu/smt/control on
+setting swap:/dev/sda2 on
+busy 80 Web Content
+busy 12 kworker/0:1
+container beside
 info {"ServerVersion":"26.1.5","LiveRestoreEnabled":false}
 nfs-client yes
 paranoid -1
 governor
+swap-used 12
 ended 101.5
 """
 
@@ -45,6 +51,9 @@ def test_every_kind_of_line_is_read() -> None:
     assert found.trusted == {"10.0.0.1:5000": "abc"}
     assert found.sandboxes == {"0123": "17", "4567": ""}
     assert found.pmu == ["cpu"]
+    assert found.settings == {"/sys/devices/system/cpu/smt/control": "on", "swap:/dev/sda2": "on"}
+    assert found.busy == [("Web Content", 80), ("kworker/0:1", 12)]
+    assert found.foreign == ["beside"]
     assert found.engine
     assert found.engine["ServerVersion"] == "26.1.5"
     assert found.is_yes("nfs-client")
@@ -140,3 +149,48 @@ def test_all_are_asked_at_once_and_one_that_fails_does_not_spoil_the_others(monk
     assert time.monotonic() - began < 1
     assert [answer.machine.name for answer in found] == [machine.name for machine in machines]
     assert [isinstance(answer, Silent) for answer in found] == [machine.name == "c2" for machine in machines]
+
+
+def test_what_spoils_measurements_is_read_from_the_kernel_s_files(tmp_path: Path) -> None:
+    cpu = "/sys/devices/system/cpu"
+    for path, text in {
+        f"{cpu}/cpu0/cpufreq/scaling_governor": "performance",
+        f"{cpu}/cpu1/cpufreq/scaling_governor": "powersave",
+        f"{cpu}/cpufreq/boost": "1",
+        f"{cpu}/intel_pstate/no_turbo": "0",
+        f"{cpu}/smt/control": "on",
+        f"{cpu}/cpu0/thermal_throttle/core_throttle_count": "2",
+        f"{cpu}/cpu1/thermal_throttle/package_throttle_count": "17",
+        "/sys/bus/event_source/devices/cpu/type": "4",
+        "/proc/sys/kernel/perf_event_paranoid": "4",
+        "/proc/swaps": "Filename Type Size Used Priority\n/dev/sda2 partition 4096000 20480 -2",
+        "/proc/stat": "cpu  700 0 200 99999 50 10 20 70 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0",
+    }.items():
+        file = tmp_path / path[1:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    argv = ["bash", str(facts.PROBE), "/", "", "", str(tmp_path)]
+    text = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = parse(HERE, text, sent=0, received=0)
+    assert found.settings == {
+        f"{cpu}/cpu0/cpufreq/scaling_governor": "performance",
+        f"{cpu}/cpu1/cpufreq/scaling_governor": "powersave",
+        f"{cpu}/cpufreq/boost": "1",
+        f"{cpu}/intel_pstate/no_turbo": "0",
+        f"{cpu}/smt/control": "on",
+        "/proc/sys/kernel/perf_event_paranoid": "4",
+        "swap:/dev/sda2": "on",
+    }
+    assert found.pmu == ["cpu"]
+    assert found.number("swap-used") == 20
+    assert found.number("throttled") == 17
+    assert found.number("steal") == 70, "7.0 % of the time that was not idle"
+
+
+def test_who_takes_the_cpu_is_named() -> None:
+    with subprocess.Popen(["python3", "-c", "while True: pass"]) as spinning:
+        try:
+            busy = [name for name, percent in _probe().busy if percent >= 10]
+        finally:
+            spinning.kill()
+    assert any(name.startswith("python3") for name in busy), busy

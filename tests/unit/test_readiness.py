@@ -1,11 +1,13 @@
 """When the cluster is ready, and when it is not."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cfiddle_cluster import readiness, wait
+from cfiddle_cluster.calibration import Identity
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.slurm import Node
 
@@ -39,7 +41,8 @@ class Fake:
         self.ran.append((wanted, user))
         if self.is_recording:
             self.records[job] = wanted
-        return f"{self.runs_on.get(wanted, wanted)}\n{job}\n"
+        identity = {"program": "p", "boot": f"boot-{wanted}", "model": "m"}
+        return f"{self.runs_on.get(wanted, wanted)} {job}\n{json.dumps(identity)}\n"
 
 
 @pytest.fixture
@@ -56,6 +59,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 def test_an_ordinary_account_s_job_runs_on_each_worker_and_is_on_record(fake: Fake) -> None:
     readiness.wait_until_ready([HEAD, C1, C2])
     assert sorted(fake.ran) == [("c1", "2000:2000"), ("c2", "2000:2000")]
+
+
+def test_workers_that_ran_a_job_say_which_machines_they_are(fake: Fake) -> None:
+    fake.nodes_["c2"] = Node("c2", "allocated", True)
+    fake.records = {"3": "c2"}
+    assert readiness.wait_until_ready([HEAD, C1, C2]) == {"c1": Identity("p", "boot-c1", "m")}
 
 
 def test_a_job_without_a_record_is_not_ready(fake: Fake) -> None:

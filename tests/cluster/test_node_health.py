@@ -1,0 +1,59 @@
+"""Slurm's health check of its nodes: what cannot run a call takes none, and takes some again when it can."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from live import LiveCluster, wait_until
+
+CHECK = "/usr/local/lib/cfiddle/node-health"
+INTERVAL_S = 60
+
+
+def _state(cluster: LiveCluster, worker: str) -> str:
+    return cluster.slurm(f"sinfo -h -N -p normal -n {worker} -o '%T %E'").strip()
+
+
+@pytest.fixture
+def deaf_worker(cluster: LiveCluster) -> Iterator[str]:
+    """Yield a worker whose agent stands still."""
+    worker = cluster.workers[0]
+    agent = cluster.container("agent", worker)
+    cluster.on_worker(worker, ["docker", "pause", agent]).ok()
+    yield worker
+    cluster.on_worker(worker, ["docker", "unpause", agent])
+
+
+def test_healthy_nodes_are_let_alone(cluster: LiveCluster) -> None:
+    for worker in cluster.workers:
+        cluster.in_service("slurmd", CHECK, worker).ok()
+        assert _state(cluster, worker) == "idle none"
+
+
+def test_a_node_whose_agent_does_not_answer_is_drained_and_comes_back_by_itself(
+    cluster: LiveCluster, deaf_worker: str
+) -> None:
+    cluster.in_service("slurmd", CHECK, deaf_worker, timeout_s=90).ok()
+    assert _state(cluster, deaf_worker) == "drained health check: the agent, which makes sandboxes, does not answer"
+    cluster.on_worker(deaf_worker, ["docker", "unpause", cluster.container("agent", deaf_worker)]).ok()
+    wait_until(
+        lambda: _state(cluster, deaf_worker) == "idle none", timeout_s=INTERVAL_S + 30, what="Slurm runs the check"
+    )
+
+
+def test_a_full_tmp_is_told(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    try:
+        cluster.in_service("slurmd", f"fallocate -l 1000M /tmp/full && {CHECK}", worker).ok()
+        assert _state(cluster, worker) == "drained health check: /tmp is full"
+    finally:
+        cluster.in_service("slurmd", f"rm -f /tmp/full && {CHECK}", worker).ok()
+    assert _state(cluster, worker) == "idle none"
+
+
+def test_a_drain_of_somebody_s_is_let_alone(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    cluster.slurm(f"scontrol update nodename={worker} state=drain reason='a broken fan'")
+    cluster.in_service("slurmd", f"fallocate -l 1000M /tmp/full && {CHECK}; rm -f /tmp/full && {CHECK}", worker).ok()
+    assert _state(cluster, worker) == "drained a broken fan"
+    cluster.slurm(f"scontrol update nodename={worker} state=resume")
