@@ -428,6 +428,7 @@ def _without_none(**items: Any) -> dict[str, Any]:
 
 
 def checked_results(results: str | None) -> str | None:
+    """Return what results travel as; raise ConfigurationError for what is nothing of that."""
     if results not in (None, *data.RESULTS):
         raise ConfigurationError(f"results is 'pickle' or 'data', not {results!r}")
     return results
