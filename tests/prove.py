@@ -336,7 +336,7 @@ def _attacked(weakening: Weakening, options: Sequence[str]) -> dict[str, Verdict
     """Run a weakening's tests; return what came of each."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        argv = [sys.executable, "-m", "pytest", "-q", "-vv", "--junit-xml", str(report), *options]
+        argv = [sys.executable, "-m", "pytest", "-vv", "--junit-xml", str(report), *options]
         argv += [f"tests/attacks/{test}" for test in weakening.seen]
         try:
             done = run(argv, timeout_s=_TEST_S * len(weakening.seen))

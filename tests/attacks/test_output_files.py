@@ -93,15 +93,15 @@ def test_hard_link_comes_back_as_a_file_of_its_own(cluster: LiveCluster) -> None
 
 
 FORGED = {
-    "a path upwards": [{"kind": "output", "path": "../evil", "size": 4}],
-    "an absolute path": [{"kind": "output", "path": "/tmp/evil", "size": 4}],
-    "a name that nobody asked for": [{"kind": "output", "path": "evil", "size": 4}],
-    "an input": [{"kind": "input", "path": "out", "size": 4}],
-    "a size below zero": [{"kind": "output", "path": "out", "size": -4}],
-    "a size that is none": [{"kind": "output", "path": "out", "size": "4"}],
-    "an exabyte": [{"kind": "output", "path": "out", "size": 1 << 60}],
-    "fewer bytes than were said": [{"kind": "output", "path": "out", "size": 400}],
-    "more bytes than were said": [{"kind": "output", "path": "out", "size": 1}],
+    "a path upwards": [{"kind": "output", "path": "../evil", "size": 4, "mode": 0o644}],
+    "an absolute path": [{"kind": "output", "path": "/tmp/evil", "size": 4, "mode": 0o644}],
+    "a name that nobody asked for": [{"kind": "output", "path": "evil", "size": 4, "mode": 0o644}],
+    "an input": [{"kind": "input", "path": "out", "size": 4, "mode": 0o644}],
+    "a size below zero": [{"kind": "output", "path": "out", "size": -4, "mode": 0o644}],
+    "a size that is none": [{"kind": "output", "path": "out", "size": "4", "mode": 0o644}],
+    "an exabyte": [{"kind": "output", "path": "out", "size": 1 << 60, "mode": 0o644}],
+    "fewer bytes than were said": [{"kind": "output", "path": "out", "size": 400, "mode": 0o644}],
+    "more bytes than were said": [{"kind": "output", "path": "out", "size": 1, "mode": 0o644}],
 }
 
 # The call's process writes frames itself, in the place of its result.

@@ -1,4 +1,4 @@
-"""The service that tells places in the queue: nothing of others' jobs, and nothing that a user does there stops it."""
+"""Attack 11: the service that tells places in the queue tells nothing of others' jobs, and no user stops it."""
 
 import json
 import re

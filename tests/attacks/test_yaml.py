@@ -25,7 +25,7 @@ BOMB = "\n".join(
 )
 CASES = {
     "command": "version: 0.1\nsequence:\n  - type: !!python/object/apply:os.system ['touch ~/owned']\n",
-    "object": "version: 0.1\nsequence: !!python/object/new:subprocess.Popen [['touch', '/tmp/owned']]\n",
+    "object": "version: 0.1\nsequence: !!python/object/new:os.system ['touch /tmp/owned']\n",
     "name": "version: 0.1\nsequence:\n  - !!python/name:os.system\n",
     "module": "version: 0.1\nsequence:\n  - type: os.system\n",
     "dunder": "version: 0.1\nsequence:\n  - type: __import__\n",
