@@ -366,7 +366,8 @@ def main(arguments: Sequence[str]) -> int:
     chosen = selected(load(), parser.parse_args(arguments).only)
     if not chosen:
         raise ProofError("no attack has that number, and no test that name")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # what runs in the background may have been started to ignore one
+        signal.signal(number, _interrupt)
     cluster = LiveCluster()
     weakener = Weakener(cluster)
     outcomes: list[str] = []
