@@ -64,7 +64,7 @@ class Cgroup:
     def freeze(self) -> None:
         """Let none of its processes run until `thaw`; an OSError where that cannot be had.
 
-        The engine's own `pause` does the same by a program that takes 20 ms of a core, which then measures nothing.
+        The engine's own `pause` does the same by starting a program (50 ms), on a machine that is to be quiet.
         """
         self._set_frozen(True)
 
