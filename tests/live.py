@@ -13,8 +13,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cfiddle_cluster import config
 from cfiddle_cluster.commands import docker_cli
@@ -252,6 +253,14 @@ class Event:
     time: float
 
 
+class Served(NamedTuple):
+    """A call that an agent has served: when, by the engine's clock, and for which job."""
+
+    begin: float
+    end: float
+    job: int
+
+
 class LiveCluster:
     """The cluster that `./invoke up` made on this machine."""
 
@@ -354,6 +363,20 @@ class LiveCluster:
             found += [f"{name}:{container}" for container in containers if states.get(container) not in waiting]
         return found
 
+    def served(self, worker: str, since: float) -> list[Served]:
+        """Return the calls of which a worker's agents, also earlier ones, say that they have ended since then."""
+        argv = ["docker", "ps", "-aq", "--filter", "label=com.docker.swarm.service.name=slurm-stack_agent"]
+        said = re.compile(r"^(\S+) INFO call .* job (\d+), .* after ([\d.]+) s", re.MULTILINE)
+        found = []
+        for container in self.on_worker(worker, argv).ok().split():
+            log = self.on_worker(
+                worker, ["docker", "logs", "--timestamps", "--since", f"{since:.3f}", container]
+            ).output
+            for at, job, seconds in said.findall(log):
+                end = datetime.fromisoformat(at).timestamp()
+                found.append(Served(end - float(seconds), end, int(job)))
+        return found
+
     def events(self, worker: str, since: float) -> list[Event]:
         """Return what the worker's engine said about sandboxes since then."""
         argv = ["docker", "events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}", "--format"]
@@ -374,6 +397,11 @@ class LiveCluster:
     def queue(self) -> list[str]:
         """Return the jobs that are in the queue, as `ID STATE`."""
         return self.slurm("squeue -h -a -o '%i %T'").splitlines()
+
+    def next_job(self) -> int:
+        """Return the number that the next job will have."""
+        [number] = re.findall(r"NEXT_JOB_ID\s*=\s*(\d+)", self.slurm("scontrol show config"))
+        return int(number)
 
     def job(self, job_id: str | int) -> dict[str, str]:
         """Return a job's accounting record; empty if there is none."""

@@ -253,7 +253,7 @@ class Pool:
             self._wait_for_leave(making)
             sandbox.start()
             self._boot(making, sandbox)
-        except (EngineError, SandboxError, _Closed) as error:
+        except (EngineError, SandboxError, OSError, _Closed) as error:
             problem = error
             if sandbox:
                 self._sandboxes.destroy(sandbox)

@@ -157,6 +157,7 @@ class Sandbox:
         self.connection = listener
         self._engine = engine
         self._cgroups = cgroups
+        self._frozen = False
 
     @functools.cached_property
     def cgroup(self) -> usage.Cgroup:
@@ -222,14 +223,20 @@ class Sandbox:
 
     def freeze(self) -> None:
         """Let none of its processes run until `thaw`; a SandboxError where that cannot be had."""
+        self._frozen = True
         try:
             self.cgroup.freeze()
         except OSError as error:
             raise SandboxError(f"it cannot be made to stand still: {error}") from error
 
     def thaw(self) -> None:
-        """Let its processes run again."""
-        self.cgroup.thaw()
+        """Let its processes run again, if they were made to stand still; a SandboxError where that cannot be had."""
+        if self._frozen:
+            try:
+                self.cgroup.thaw()
+            except OSError as error:
+                raise SandboxError(f"it stands still for ever: {error}") from error
+            self._frozen = False
 
     def lower(self, limits: Limits, cpus: str) -> None:
         """Put other limits in force: of seconds and memory, and of CPUs.
@@ -286,7 +293,6 @@ class Sandbox:
 
     def kill(self) -> None:
         """Kill all its processes and wait until they are dead."""
-        self.thaw()
         try:
             self._engine.kill(self.container)
         except EngineError as error:
@@ -387,15 +393,15 @@ class Sandboxes:
 
     def destroy(self, sandbox: Sandbox) -> None:
         """End a sandbox with all its processes and remove it; what the engine cannot do now is done later."""
-        sandbox.thaw()
         sandbox.state = State.GONE
         sandbox.connection.close()
         with self._lock:
             _, directory = self._live.pop(sandbox.container)
         shutil.rmtree(directory, ignore_errors=True)
         try:
+            sandbox.thaw()
             self._engine.remove(sandbox.container)
-        except EngineError as error:
+        except (EngineError, SandboxError) as error:
             log.warning("sandbox %.12s cannot be removed yet: %s", sandbox.container, error)
             self._left.set()
 
@@ -417,7 +423,7 @@ class Sandboxes:
             strays = [container for container in found if container not in self._live]
             kept = {directory.name for _, directory in self._live.values()}
         for container in strays:
-            usage.Cgroup(self._cgroups, container).thaw()  # an agent that was killed may have left it frozen
+            self._thaw(container)  # an agent that was killed may have left it frozen
             self._engine.remove(container)
         for directory in self._directory.iterdir():
             if directory.name not in kept:
@@ -429,12 +435,18 @@ class Sandboxes:
         with self._lock:
             self._closed = True
             self._lock.wait_for(lambda: not self._making, _CREATE_S)
-            live = list(self._live)
-        for container in live:
+            live = [sandbox for sandbox, _ in self._live.values()]
+        for sandbox in live:
+            sandbox.thaw()
+            self._engine.kill(sandbox.container)
+        for sandbox in live:
+            self._engine.remove(sandbox.container)
+
+    def _thaw(self, container: str) -> None:
+        try:
             usage.Cgroup(self._cgroups, container).thaw()
-            self._engine.kill(container)
-        for container in live:
-            self._engine.remove(container)
+        except OSError as error:
+            raise EngineError(0, f"sandbox {container:.12} stands still for ever: {error}") from error
 
     def _tidy(self) -> None:
         """Try again what could not be removed, as often as it takes."""

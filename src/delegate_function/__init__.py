@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from delegate_function.delegates import TemporaryDirectoryDelegate as TemporaryDirectoryDelegate
     from delegate_function.delegates import TrivialDelegate as TrivialDelegate
     from delegate_function.delegates import shell_hook as shell_hook
+    from delegate_function.errors import AgentAway as AgentAway
     from delegate_function.errors import CallCancelled as CallCancelled
     from delegate_function.errors import CallNotSent as CallNotSent
     from delegate_function.errors import ConfigurationError as ConfigurationError
@@ -88,6 +89,7 @@ _MODULES = {
         "shell_hook",
     ],
     "errors": [
+        "AgentAway",
         "CallCancelled",
         "CallNotSent",
         "ConfigurationError",

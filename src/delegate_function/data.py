@@ -204,7 +204,7 @@ class _Encoder:
 
         if type(array) is not numpy.ndarray:
             raise NotData(f"is {_a(type(array).__name__)}; of arrays only numpy.ndarray itself travels")
-        if not _DTYPE.fullmatch(array.dtype.str) or not array.dtype.itemsize or array.dtype.names:
+        if not _DTYPE.fullmatch(array.dtype.str) or not array.dtype.itemsize:
             raise NotData(f"is an array of {str(array.dtype)[:80]}; as data travel those of numbers, times and strings")
         if not array.flags.c_contiguous and not array.flags.f_contiguous:
             array = array.copy()

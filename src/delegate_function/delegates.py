@@ -415,7 +415,7 @@ class SandboxDelegate(BaseDelegate):
         if memory_mb is not None and (type(memory_mb) is not int or memory_mb <= 0):
             raise ConfigurationError(f"memory_mb is a whole number greater than 0, not {memory_mb!r}")
         self._hop = _without_none(type="sandbox", profile=profile, seconds=seconds, memory_mb=memory_mb)
-        self._results = _checked_results(results)
+        self._results = checked_results(results)
 
     def hops(self) -> list[dict[str, Any]]:
         """Return the one hop of a sandbox, after what its results travel as, if that is said."""
@@ -427,7 +427,8 @@ def _without_none(**items: Any) -> dict[str, Any]:
     return {name: value for name, value in items.items() if value}
 
 
-def _checked_results(results: str | None) -> str | None:
+def checked_results(results: str | None) -> str | None:
+    """Return what results travel as; raise ConfigurationError for what is nothing of that."""
     if results not in (None, *data.RESULTS):
         raise ConfigurationError(f"results is 'pickle' or 'data', not {results!r}")
     return results
@@ -440,7 +441,7 @@ def results_of(hops: list[dict[str, Any]], asked: str | None) -> tuple[str, list
         ConfigurationError: that is unknown, or code that is not trusted would run in this process.
     """
     said = data.DATA if any(step["type"] == steps.DATA for step in hops) else data.PICKLE
-    results, hops = _checked_results(asked) or said, [step for step in hops if step["type"] != steps.DATA]
+    results, hops = checked_results(asked) or said, [step for step in hops if step["type"] != steps.DATA]
     if results == data.DATA and not steps.leaves(hops):
         raise ConfigurationError("results='data' is for code that is not trusted, and this chain stays here")
     return results, hops

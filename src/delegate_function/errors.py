@@ -87,6 +87,12 @@ class ConnectionLost(HopFailed):
     code = "lost"
 
 
+class AgentAway(HopFailed):
+    """The node's agent, which has the sandboxes, could not be asked for one: nothing ran."""
+
+    code = "agent-away"
+
+
 class JobError(HopFailed):
     """Slurm did not run the job, or ended it; `details` has `job_id` and `state` as far as they are known."""
 

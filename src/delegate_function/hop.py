@@ -19,6 +19,7 @@ import time
 
 from delegate_function import __version__, frames, launch, remote, slurm, steps
 from delegate_function.errors import (
+    AgentAway,
     CallCancelled,
     ConfigurationError,
     ConnectionLost,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     Received = list[tuple[bytes, bytes]]
 
 _SPEC_S = 10.0
+_AGENT_S = 10.0
+"""An agent that has died runs again after some seconds; without waiting, call after call would come to grief there."""
 _DRAIN_S = 5.0
 _FROM_THE_CALL = frozenset((frames.RESULT, frames.DATA, frames.CREDIT, frames.END, frames.PROGRESS))
 _PROGRESS_S = 0.1
@@ -66,6 +69,7 @@ class Relay:
         self.abandoned = False
         self.where = where
         self._number = int(spec["hop"])
+        self._early: Received = []
         self._next = self._start(spec)
         self._call_is_next = not isinstance(self._next, launch.Process)
         for fd in self._next.outputs:
@@ -86,14 +90,28 @@ class Relay:
             # What lies where on this machine's disk is none of the sandbox's business.
             following.pop("directory", None)
             following.pop("path", None)
-        process = launch.start(hops[0], self.where)
+        process = self._start_next(hops[0])
         process.link.send(frames.encode_json(frames.SPEC, following))
         return process
+
+    def _start_next(self, hop: dict[str, Any]) -> launch.Next:
+        """Start the next hop; an agent that is just being replaced is waited for."""
+        until = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                return launch.start(hop, self.where)
+            except AgentAway:
+                if time.monotonic() > until or self._up.closed or self._up.silent:
+                    raise
+            if self._up.read_fd in self._poller.wait([self._up.read_fd], [], [self._up]):
+                self._early += self._up.receive()
+            self._up.flush()
+            self._up.beat()
 
     def run(self, waiting: list[tuple[bytes, bytes]]) -> None:
         """Pass frames, first those that wait already, until the call is over or nobody waits for it any more."""
         try:
-            self._take(waiting)
+            self._take(waiting + self._early)
             while not self._over:
                 try:
                     self._step()

@@ -15,6 +15,7 @@ import time
 
 from delegate_function import frames, remote, slurm
 from delegate_function.errors import (
+    AgentAway,
     ConfigurationError,
     DelegateFunctionException,
     HopFailed,
@@ -352,7 +353,7 @@ class Sandbox(Next):
             for fd in (out_read, err_read):
                 os.close(fd)
             self._channel.close()
-            raise HopFailed(f"the sandbox's agent cannot be asked: {error}", where=where) from error
+            raise AgentAway(f"the sandbox's agent cannot be asked: {error}", where=where) from error
         finally:
             theirs.close()
             for fd in (out_write, err_write):

@@ -17,8 +17,8 @@ import json, socket, sys
 
 def ask(jobs):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect({SOCKET!r})  # waits where there are many, as a connect with a timeout would not
         connection.settimeout(10)
-        connection.connect({SOCKET!r})
         connection.send(json.dumps({{"jobs": jobs}}).encode())
         return connection.recv(65536).decode()
 """

@@ -11,8 +11,8 @@ import collections, json, os, subprocess, sys, threading, time
 from concurrent.futures import as_completed, wait
 from delegate_function import DelegateFunctionException, Executor, SandboxDelegate, SlurmDelegate
 
-def jobs():
-    return subprocess.run(["squeue", "--me", "-h", "-o", "%i"], capture_output=True, text=True).stdout.split()
+def jobs(*options):
+    return subprocess.run(["squeue", "--me", "-h", "-o", "%i", *options], capture_output=True, text=True).stdout.split()
 
 def square(number):
     return number * number
@@ -34,7 +34,7 @@ most, done = 0, threading.Event()
 def count():
     global most
     while not done.wait(0.1):
-        most = max(most, len(jobs()))
+        most = max(most, len(jobs("--states=PENDING,RUNNING")))
 threading.Thread(target=count).start()
 with Executor(max_workers=2) as executor:
     start = time.monotonic()
@@ -45,7 +45,7 @@ with Executor(max_workers=2) as executor:
         "jobs": len({call.job_id for call in calls}), "nodes": sorted({call.node["name"] for call in calls}),
         "containers": len({call.container for call in calls})}))
 done.set()
-print(most, jobs())
+print(most, jobs("--states=PENDING,RUNNING"))
 """
     said, left = _python(cluster, program, timeout_s=240)
     found = json.loads(said)
@@ -114,7 +114,7 @@ def test_other_users_job_comes_in_between_and_no_call_is_lost(cluster: LiveClust
 with Executor(turn_s=60) as executor:
     futures = [executor.submit(nap, 1) for _ in range(24)]
     print("all submitted", flush=True)
-    print("done", len({future.result() for future in futures}), flush=True)
+    print("done", len([future.result() for future in futures]), flush=True)
 """
     caller = cluster.background(["python3", "-c", PRELUDE + program], "test_user1")
     try:

@@ -40,8 +40,13 @@ held = hold(job=7)
 
 
 @pytest.fixture(scope="module")
-def worker(start_for_all: Start, image: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    return start_worker(start_for_all, image, tmp_path_factory.mktemp("worker"), POLICY)
+def worker(
+    start_for_all: Start, image: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Worker]:
+    made = start_worker(start_for_all, image, tmp_path_factory.mktemp("worker"), POLICY)
+    yield made
+    made.agent.stop()  # and its pool with it, which would outlive an agent that is killed
+    assert made.sandboxes() == []
 
 
 @pytest.fixture(autouse=True)

@@ -177,6 +177,20 @@ def test_a_call_that_begins_makes_the_others_stand_still(machine: Machine) -> No
     machine.wait_for("both go on", lambda: all("thawed" in s.said for s in machine.sandboxes.made))
 
 
+def test_within_a_lease_only_a_call_that_is_served_breaks_the_quiet(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.wait_until_full()
+    machine.grant(7)
+    grant = machine.grants.find(7)
+    assert grant
+    with machine.quiet.lease(7, grant):
+        call = {"waiter": machine.waiter, "job": 7, "grant": grant}
+        with machine.pool.sandbox(machine.profile, LIMITS, cpus="", **call):  # type: ignore[arg-type]
+            assert machine.quiet.lasted_s() is None
+        assert machine.quiet.lasted_s() is not None
+        machine.wait_until_full()
+
+
 def test_a_call_gets_what_it_asked_for(machine: Machine) -> None:
     machine.sandboxes.boot()
     machine.wait_until_full()

@@ -21,6 +21,7 @@ import pytest
 
 import delegate_function
 from delegate_function import (
+    AgentAway,
     ConfigurationError,
     DelegateFunctionException,
     HopFailed,
@@ -36,12 +37,14 @@ from delegate_function import (
     inside,
 )
 from delegate_function.delegates import BaseDelegate
+from delegate_function.frames import SILENCE_S
 
 # The far side has no tests to import.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SRC = Path(delegate_function.__file__).parents[1]
 NODE = {"name": "c9"}
+AGENT_S = 3
 USAGE = {"wall_s": 0.25, "user_s": 0.125, "system_s": 0.0, "peak_memory_mb": 12.5}
 STARTED = {
     "type": "started",
@@ -75,6 +78,9 @@ class Guest:
                 os.write(fd, b"I\x00\x00\x00\x02{}\n")
             except OSError:
                 continue
+
+    def size(self, data: bytes) -> int:
+        return len(data)
 
     def sleep(self) -> None:
         time.sleep(60)
@@ -178,7 +184,7 @@ def chain(tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Base
         f"import sys; sys.path.insert(0, {str(SRC)!r})\n"
         "import functools, agent.call\n"
         f"agent.call.Call = functools.partial(agent.call.Call, socket_path={str(agent.path)!r})\n"
-        "from delegate_function.hop import main\nmain()\n"
+        f"from delegate_function import hop\nhop._AGENT_S = {AGENT_S}\nhop.main()\n"
     )
     step.chmod(0o755)
     return SubprocessDelegate(SandboxDelegate(seconds=7.5), delegate_executable_path=str(step))
@@ -284,9 +290,21 @@ def test_an_agent_that_goes_away_is_told(chain: BaseDelegate, agent: Agent) -> N
     agent.behave = lambda client, _: client.send(json.dumps(STARTED).encode()) and None
     with pytest.raises(HopFailed, match="agent went away"):
         chain.invoke(TestClass(), "hello")
-    agent.stop()
-    with pytest.raises(HopFailed, match=r"agent (is gone|cannot be asked)"):
+
+
+def test_an_agent_that_is_away_for_a_moment_is_waited_for(chain: BaseDelegate, agent: Agent) -> None:
+    aside = agent.path.with_suffix(".aside")
+    agent.path.rename(aside)
+    threading.Timer(SILENCE_S + 0.5, aside.rename, [agent.path]).start()
+    assert chain.invoke(Guest(), "size", b"x" * 4_000_000) == 4_000_000
+
+
+def test_an_agent_that_stays_away_is_told(chain: BaseDelegate, agent: Agent) -> None:
+    agent.path.unlink()
+    began = time.monotonic()
+    with pytest.raises(AgentAway, match="cannot be asked"):
         chain.invoke(TestClass(), "hello")
+    assert AGENT_S < time.monotonic() - began < AGENT_S + 5
 
 
 def test_a_killed_job_step_takes_the_sandbox_along(chain: BaseDelegate, agent: Agent) -> None:

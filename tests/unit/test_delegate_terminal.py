@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from delegate_function.terminal import Cleaner, clean
@@ -49,6 +49,7 @@ def _is_obeyed(character: str) -> bool:
     return character not in "\n\t" and (character < " " or "\x7f" <= character <= "\x9f")
 
 
+@settings(deadline=None)
 @given(some.lists(some.text(some.sampled_from("\x1b\x9b\x9d\x07[]0;mP\\ \n\x00\ud800aé"))))
 def test_no_piece_holds_anything_that_is_obeyed(texts: list[str]) -> None:
     cleaner = Cleaner()

@@ -9,16 +9,8 @@ import pytest
 from cfiddle_cluster import homes
 from cfiddle_cluster.config import Config, from_settings
 from cfiddle_cluster.errors import ClusterError
+from samples import SETTINGS
 
-SETTINGS = {
-    "LOCAL_WORKERS": "2",
-    "LOCAL_WORKER_CPUS": "0",
-    "LOCAL_WORKER_MEMORY_MB": "0",
-    "HOME_ROOT": "/srv/cfiddle-cluster/home",
-    "JUPYTER_PORT": "8888",
-    "REGISTRY_PORT": "5000",
-    "HEAD_ADDR": "10.0.0.1",
-}
 UID = 2003
 
 
