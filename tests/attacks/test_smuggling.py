@@ -52,7 +52,7 @@ def refused(kind, name, attempt):
         attempt()
     except DelegateFunctionException:
         return
-    taken.append([kind, name])
+    taken.append(f"{kind} {name!r}")
 
 for name in NAMES:
     refused("image", name, lambda: DockerDelegate(name))
