@@ -461,6 +461,7 @@ class _Lease:
         self._ends = time.monotonic() + self.seconds
         self._others_wait = False
         signal.signal(signal.SIGUSR1, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # slurm.srun_argv has it wait until now
         self._in_sandboxes = bool(terms.get("sandbox"))
         self._hold = launch.tell_agent_of_lease() if self._in_sandboxes else None
         if not self._in_sandboxes:

@@ -312,6 +312,8 @@ def _become_worker() -> None:
 
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if callable(signal.getsignal(signal.SIGUSR1)):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # in a lease it is for the hop, and Slurm sends it to all
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the hop
     if os.getppid() != parent:

@@ -72,8 +72,10 @@ def srun_argv(hop: dict[str, Any]) -> list[str]:
     argv = ["srun", *_job_options(hop), "--input=0", "--kill-on-bad-exit=1", "--cpu-bind=none"]
     if hop.get("lease"):
         # When its place is wanted (PreemptParameters=send_user_signal), and a minute before its time is up anyway.
-        argv.append("--signal=USR1@60")
-    argv.append("--")
+        # It waits until the hop can take it, which it would otherwise die of.
+        argv += ["--signal=USR1@60", "--", "env", "--block-signal=USR1"]
+    else:
+        argv.append("--")
     if hop.get("executable"):
         argv.append(str(hop["executable"]))
     else:

@@ -202,6 +202,18 @@ def test_lease_s_time_ends_a_call_and_then_the_lease(chain: BaseDelegate, tmp_pa
     assert raised.value.details["reason"] == "time"
 
 
+def test_lease_whose_place_is_wanted_before_its_hop_is_ready_ends_after_its_call(
+    chain: BaseDelegate, bin_directory: Path, tmp_path: Path
+) -> None:
+    slow = (tmp_path / "hop").read_text().replace("import sys;", "import sys, time; time.sleep(0.5);")
+    (tmp_path / "hop").write_text(slow)
+    program(bin_directory, "srun", RUN.replace('exec "$@"', '"$@" <&0 & sleep 0.2; kill -USR1 $!; wait $!'))
+    with lease(chain) as held:
+        held.invoke(Guest(), "note", 0)
+        with pytest.raises(LeaseEnded, match="others wait"):
+            held.invoke(Guest(), "note", 0)
+
+
 def test_lease_whose_place_is_wanted_ends_after_its_call(held: Lease) -> None:
     held.invoke(Guest(), "interrupt_hop")
     with pytest.raises(LeaseEnded, match="others wait") as raised:
