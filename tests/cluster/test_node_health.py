@@ -48,7 +48,8 @@ def test_a_full_tmp_is_told(cluster: LiveCluster) -> None:
         assert _state(cluster, worker) == "drained health check: /tmp is full"
     finally:
         cluster.in_service("slurmd", f"rm -f /tmp/full && {CHECK}", worker).ok()
-    assert _state(cluster, worker) == "idle none"
+    # Slurm asks the node once more before it believes that it is back.
+    wait_until(lambda: _state(cluster, worker) == "idle none", timeout_s=30, what="the node is back")
 
 
 def test_a_drain_of_somebody_s_is_let_alone(cluster: LiveCluster) -> None:
