@@ -80,8 +80,12 @@ def slurm(network: str, start_for_all: Start, secret_file: Secret, munge_key: Pa
     password = secret_file("database-password", secrets.token_hex(32))
     common = ["--volume", f"{munge_key}:/run/secrets/munge-key:ro", "--network", network]
     with_password = ["--volume", f"{password}:/run/secrets/database-password:ro"]
+    # No agent runs here, so the check of a node's health would take the node out.
+    lines = (ROOT / "conf/slurm.conf").read_text().splitlines()
+    conf = secret_file("slurm.conf", "\n".join(line for line in lines if not line.startswith("HealthCheck")) + "\n")
+    conf.chmod(0o644)
     settings = [
-        f"--volume={ROOT}/conf/slurm.conf:/etc/slurm/slurm.conf:ro",
+        f"--volume={conf}:/etc/slurm/slurm.conf:ro",
         f"--volume={ROOT}/conf/slurmdbd.conf:/etc/slurm/slurmdbd.conf.in:ro",
     ]
 

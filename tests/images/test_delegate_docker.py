@@ -52,7 +52,7 @@ def test_a_call_runs_in_a_container_and_leaves_none(user: Container, image: Call
     value, uid, where = json.loads(_call(user, program).splitlines()[-1])
     assert (value, uid) == ([1, 2], "65533\n")
     assert where.startswith("hop 1 of 1 (docker on ")
-    assert _containers() == ""
+    wait_until(lambda: _containers() == "", timeout_s=10, what="no container is left")
 
 
 def test_a_container_stands_inside_a_chain(user: Container, image: Callable[[str], str]) -> None:
@@ -85,7 +85,7 @@ def test_another_python_is_named_before_the_call(image: Callable[[str], str], mo
         monkeypatch.setattr(sys, "version_info", (3, 2, 1))
     with pytest.raises(VersionMismatch, match=r"hop 1 of 1 \(docker on .*caller runs Python 3\.\d+, here it is 3\.13"):
         DockerDelegate(image("sandbox"), docker_cmd_line_args=OPTIONS).invoke(TestClass(), "hello")
-    assert _containers() == ""
+    wait_until(lambda: _containers() == "", timeout_s=10, what="no container is left")
 
 
 def test_an_image_that_is_not_there_is_told_in_the_engines_words(monkeypatch: pytest.MonkeyPatch) -> None:
