@@ -34,7 +34,14 @@ def show(service: str = "") -> None:
             print(f"==> {name}", flush=True)
         tail = [] if service else ["--tail", "50"]
         argv = [docker_cli(), "service", "logs", "--timestamps", *tail, known[name]]
-        subprocess.run(argv, stderr=subprocess.STDOUT, check=False)
+        try:
+            subprocess.run(argv, stderr=subprocess.STDOUT, check=False, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            # The engine waits for ever where it has lost one of the service's earlier containers.
+            raise ClusterError(
+                f"the engine has not come to the end of the log of {name} within {TIMEOUT_S} s",
+                "docker logs, on the machine where its container runs, shows the rest",
+            ) from error
 
 
 def export(config: Config, state: State, directory: Path) -> None:

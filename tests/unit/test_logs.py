@@ -1,6 +1,7 @@
 """Logs: which services there are, and that no secret gets out."""
 
 import stat
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,3 +79,13 @@ def test_value_that_is_too_short_to_be_a_secret_is_left(tmp_path: Path) -> None:
     state.write("secrets/empty", "")
     assert logs._redaction(state)("text") == "text"
     assert logs._redaction(State(tmp_path / "nowhere"))("text") == "text"
+
+
+def test_log_that_does_not_end_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(argv: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(argv, options["timeout"])
+
+    monkeypatch.setattr(logs, "_services", lambda: {"slurmd": "slurm-stack_slurmd"})
+    monkeypatch.setattr(logs.subprocess, "run", run)
+    with pytest.raises(ClusterError, match="has not come to the end of the log of slurmd"):
+        logs.show("slurmd")
