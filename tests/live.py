@@ -267,6 +267,7 @@ class LiveCluster:
     def __init__(self) -> None:
         self.config = config.load(ROOT)
         self.state = State(self.config.state_dir)
+        self.is_lost = False
 
     # machines and containers
 
@@ -462,6 +463,17 @@ class LiveCluster:
     def cancel_all(self) -> None:
         """Cancel every job, so that a failed test does not make the following ones fail."""
         self.slurm("squeue -h -a -o %A | sort -u | xargs -r scancel")
+
+    def mend(self) -> None:
+        """Bring the cluster back after a test that failed; if that fails too, it is lost to all others."""
+        self.is_lost = True
+        invoke("up", timeout_s=400).ok()
+        self.cancel_all()
+        for node, state in self.nodes().items():
+            if state.startswith(("drain", "down")):
+                self.slurm(f"scontrol update nodename={node} state=resume")
+        self.wait_until_idle(timeout_s=120)
+        self.is_lost = False
 
     # what a person would look at when a test failed
 

@@ -18,6 +18,11 @@ from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
 
 BENCHMARKS = ("latency", "fidelity", "cluster")
+TEST_RUNS: Sequence[Sequence[str]] = (
+    ("--numprocesses=3", "--quiet", "tests/unit"),
+    ("--durations=30", *(f"tests/{directory}" for directory in ("images", "cluster", "attacks", "faults"))),
+)
+"""Unit tests have nothing in common, and wait half of the time; the others share a cluster."""
 SOURCES = ("src", "tests", "benchmarks", "tasks.py", "test_cfiddle.py")
 
 # What `docker stack deploy` ignores with a warning or without one, and what it rejects:
@@ -61,7 +66,11 @@ def test(config: Config, arguments: Sequence[str]) -> int:
     """Run pytest on the cluster that is up; return its exit status."""
     packages.ensure_test_commands()
     sys.stdout.flush()
-    argv = [sys.executable, "-m", "pytest", *arguments]
+    return max(_pytest(config, options) for options in ([arguments] if arguments else TEST_RUNS))
+
+
+def _pytest(config: Config, options: Sequence[str]) -> int:
+    argv = [sys.executable, "-m", "pytest", *options]
     return subprocess.run(argv, cwd=config.root, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
 
 

@@ -1,13 +1,6 @@
-"""The first test here finds the cluster idle, and each leaves it so."""
+"""Each test here leaves the cluster idle."""
 
 import pytest
-
-from live import LiveCluster
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _found_idle(cluster: LiveCluster) -> None:
-    cluster.wait_until_idle(timeout_s=90)
 
 
 @pytest.fixture(autouse=True)

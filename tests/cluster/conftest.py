@@ -1,8 +1,8 @@
-"""Each test here finds the cluster idle and leaves it so."""
+"""Each test here leaves the cluster idle."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _left_as_found(left_as_found: None) -> None:
+def _left_idle(left_idle: None) -> None:
     """Have the fixture for every test of the directory."""

@@ -58,3 +58,16 @@ def test_a_drain_of_somebody_s_is_let_alone(cluster: LiveCluster) -> None:
     cluster.in_service("slurmd", f"fallocate -l 1000M /tmp/full && {CHECK}; rm -f /tmp/full && {CHECK}", worker).ok()
     assert _state(cluster, worker) == "drained a broken fan"
     cluster.slurm(f"scontrol update nodename={worker} state=resume")
+
+
+def test_a_node_on_which_a_job_could_not_be_killed_comes_back_when_it_is_gone(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    left = "setpriv --reuid=2001 --clear-groups sleep 600 & echo $!"
+    pid = cluster.in_service("slurmd", f"({left}) 2>&1 <&- | head -n 1", worker).ok().strip()
+    try:
+        cluster.slurm(f"scontrol update nodename={worker} state=drain reason='Kill task failed'")
+        cluster.in_service("slurmd", CHECK, worker).ok()
+        assert _state(cluster, worker) == "drained Kill task failed"
+    finally:
+        cluster.in_service("slurmd", f"kill {pid}; {CHECK}", worker).ok()
+    wait_until(lambda: _state(cluster, worker) == "idle none", timeout_s=30, what="the node is back")

@@ -166,13 +166,19 @@ def test_what_a_tool_finds_is_shown_and_makes_the_check_fail(
 
 
 def test_what_the_tests_need_is_there_before_they_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    done: list[str] = []
-    monkeypatch.setattr(checks.packages, "ensure_test_commands", lambda: done.append("packages"))
+    done: list[list[str]] = []
+    statuses = iter([3, 1, 0])
+    monkeypatch.setattr(checks.packages, "ensure_test_commands", lambda: done.append(["packages"]))
 
     def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        done.append(argv[2])
-        return subprocess.CompletedProcess(argv, 3)
+        done.append(argv[2:])
+        return subprocess.CompletedProcess(argv, next(statuses))
 
     monkeypatch.setattr(checks.subprocess, "run", run)
-    assert checks.test(type("Config", (), {"root": tmp_path}), ["tests/unit"]) == 3
-    assert done == ["packages", "pytest"]
+    config = type("Config", (), {"root": tmp_path})
+    assert checks.test(config, ["tests/unit/test_x.py", "-k", "y"]) == 3
+    assert done == [["packages"], ["pytest", "tests/unit/test_x.py", "-k", "y"]]
+    done.clear()
+    assert checks.test(config, []) == 1, "one of both runs has failed"
+    run_of = {path.name for path in (Path(__file__).parents[1]).iterdir() if list(path.glob("test_*.py"))}
+    assert {Path(option).name for argv in done for option in argv if option.startswith("tests/")} == run_of

@@ -22,21 +22,24 @@ TWICE = 2.2
 HOP = f"""#!{sys.executable} -I
 import os, sys
 sys.path[:0] = [{str(SRC)!r}]
-leave = os._exit
+leave, hop = os._exit, os.getpid()
 def noted(status):
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-    open(__file__ + ".peak", "w").write(peak.split()[1])
+    if os.getpid() == hop:  # and not the process of the call, which is forked from it
+        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+        open(__file__ + ".new", "w").write(peak.split()[1])
+        os.rename(__file__ + ".new", __file__ + ".peak")
     leave(status)
 os._exit = noted
 from delegate_function.hop import main
 main()
 """
 CALLER = f"""
-import json, sys
+import json, pathlib, sys
 sys.path[:0] = [{str(SRC)!r}, {str(Path(__file__).parent)!r}]
 import numpy
 from test_delegate_sizes import Echo, made
 from delegate_function import SubprocessDelegate
+from cfiddle_cluster.wait import wait_until
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1]) / 1024
@@ -47,7 +50,12 @@ delegate = SubprocessDelegate(delegate_executable_path=hop)
 def peaks(megabytes):
     delegate.call(Echo(), "echo", [made(kind, megabytes)], results=results)
     far = delegate.last_call.usage["peak_memory_mb"]
-    return {{"caller": peak(), "far": far, "hop": int(open(hop + ".peak").read()) / 1024}}
+    caller = peak()
+    noted = pathlib.Path(hop + ".peak")
+    wait_until(noted.exists, timeout_s=10, what="the hop has ended and noted its peak")
+    hops = int(noted.read_text()) / 1024
+    noted.unlink()
+    return {{"caller": caller, "far": far, "hop": hops}}
 
 before, after = peaks(1), peaks({MEGABYTES})
 print(json.dumps({{who: after[who] - before[who] for who in before}}))
