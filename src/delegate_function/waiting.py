@@ -1,4 +1,4 @@
-"""What a person sees while a call waits: its place in the queue, then how far it is, then nothing any more.
+"""What a person sees while calls wait: their place in the queue, then how far they are, then nothing any more.
 
 Nothing is shown in the first half second, so a short call pays nothing for this. DELEGATE_FUNCTION_PROGRESS=no turns
 it off.
@@ -11,11 +11,12 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from delegate_function.places import Place, Places
-from delegate_function.screens import Screen, screen
+from delegate_function.screens import Notebook, Screen, screen
 
 if TYPE_CHECKING:
     from delegate_function.callinfo import CallInfo
@@ -117,3 +118,46 @@ class Display:
         if job_id:
             return f"job {job_id} runs on {self._info.hops[-1].get('node')} ({elapsed})"
         return f"in {self._info.where} for {elapsed}"
+
+
+class Standing(NamedTuple):
+    """How many of an executor's calls are done, of how many, how many run, and its jobs that wait in the queue."""
+
+    done: int
+    of: int
+    running: int
+    jobs: Sequence[str]
+
+
+def show_together(standing: Callable[[], Standing | None]) -> None:
+    """Show in a notebook how the calls of an executor stand together, until there is nothing to say any more.
+
+    A thread does it: who has the futures may wait for them or not. In a terminal nothing is shown, for what the caller
+    writes meanwhile would run into the line.
+    """
+    display = screen()
+    if isinstance(display, Notebook):
+        threading.Thread(target=_show_together, args=(standing, display), daemon=True).start()
+
+
+def _show_together(standing: Callable[[], Standing | None], display: Screen) -> None:
+    places = Places()
+    time.sleep(_QUIET_S)
+    try:
+        while calls := standing():
+            display.show(_together(calls, places))
+            time.sleep(_TICK_S)
+    finally:
+        places.close()
+        display.close()
+
+
+def _together(calls: Standing, places: Places) -> str:
+    parts = [f"{calls.done} of {calls.of} calls are done"]
+    if calls.running:
+        parts.append(f"{calls.running} run" if calls.running > 1 else "1 runs")
+    if calls.jobs:
+        known = places.look(calls.jobs)
+        first = min(calls.jobs, key=lambda job: (known.get(job, Place()).place or math.inf, int(job)))
+        parts.append(waits(first, known.get(first)))
+    return ", ".join(parts)

@@ -19,6 +19,7 @@ from delegate_function.callinfo import CallInfo
 from delegate_function.delegates import BaseDelegate
 from delegate_function.errors import LeaseEnded
 from delegate_function.futures import Future
+from delegate_function.waiting import Standing, show_together
 
 _FRUITLESS = 10
 _CLOSE_S = 5.0
@@ -31,6 +32,10 @@ class Place(Protocol):
     @property
     def last_call(self) -> CallInfo | None:
         """Return what is known of the last call."""
+
+    @property
+    def job_id(self) -> str | None:
+        """Return the number of the job that it is in, once there is one."""
 
     @property
     def is_over(self) -> bool:
@@ -61,6 +66,10 @@ class Unleased:
     @property
     def last_call(self) -> CallInfo | None:
         return self._delegate.last_call
+
+    @property
+    def job_id(self) -> str | None:
+        return None
 
     @property
     def is_over(self) -> bool:
@@ -116,6 +125,7 @@ class Workers:
         self._waiting: OrderedDict[Future[Any], _Task] = OrderedDict()
         self._workers: set[_Worker] = set()
         self._finished = False
+        self._shown_calls = 0
         self._process = os.getpid()
         _all.add(self)
 
@@ -128,6 +138,9 @@ class Workers:
             if self._finished:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._waiting[future] = _Task(function, arguments, keywords)
+            self._shown_calls += 1
+            if self._shown_calls == 1:
+                show_together(self._standing)
             free = sum(worker.future is None or worker.future.done() for worker in self._workers)
             if len(self._waiting) > free and len(self._workers) < self._most:
                 worker = _Worker(self)
@@ -187,6 +200,17 @@ class Workers:
         deadline = time.monotonic() + _CLOSE_S
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
+
+    def _standing(self) -> Standing | None:
+        """Return how the calls stand that were added since there was none; nothing when all are done."""
+        with self._changed:
+            running = sum(worker.future is not None and not worker.future.done() for worker in self._workers)
+            open_ = running + len(self._waiting)
+            if not open_:
+                self._shown_calls = 0
+                return None
+            jobs = [job for worker in self._workers if not worker.has_place and (job := worker.job_id)]
+            return Standing(self._shown_calls - open_, self._shown_calls, running, jobs)
 
     # for the workers
 
@@ -290,6 +314,12 @@ class _Worker(threading.Thread):
         self._workers = workers
         self._place: Place | None = None
         self._leaving = threading.Lock()  # so that who cancels a call does not hit the next one
+
+    @property
+    def job_id(self) -> str | None:
+        """The number of the job that its place is in."""
+        place = self._place
+        return place.job_id if place else None
 
     def run(self) -> None:
         """Take turns as long as calls wait."""

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import delegate_function
-from delegate_function import SubprocessDelegate, TestClass, places, progress, reporting, screens, waiting
+from delegate_function import Executor, SubprocessDelegate, TestClass, places, progress, reporting, screens, waiting
 from delegate_function.places import Place, Places
 from live import wait_until
 from terminal import Terminal
@@ -325,11 +325,12 @@ def _is_socket(fd: int) -> bool:
 def published(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, str], bool]]:
     """Be a notebook; return what was published, each with whether it replaced what was there."""
     displays: list[tuple[dict[str, str], bool]] = []
-    identifiers = set()
+    identifiers: list[str] = []
 
     def publish(data: dict[str, str], *, transient: dict[str, str], update: bool) -> None:
-        identifiers.add(transient["display_id"])
-        assert len(identifiers) == 1
+        known = transient["display_id"] in identifiers
+        assert update == known
+        identifiers.append(transient["display_id"])
         displays.append((data, update))
 
     ipython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
@@ -377,6 +378,38 @@ def test_a_notebook_is_quiet_where_that_was_set(published: list[Any], monkeypatc
     monkeypatch.setenv("DELEGATE_FUNCTION_PROGRESS", "no")
     SubprocessDelegate().invoke(Steps(), "run", 9)
     assert published == []
+
+
+def test_calls_of_an_executor_are_shown_together(published: list[Any]) -> None:
+    with Executor(SubprocessDelegate(), max_workers=2) as executor:
+        list(executor.map(time.sleep, [0.6] * 4))
+        wait_until(lambda: published and published[-1] == ({}, True), timeout_s=10, what="the line is taken away")
+        texts = [data["text/plain"] for data, _ in published if data]
+        assert "0 of 4 calls are done, 2 run" in texts
+        assert any(re.fullmatch("[23] of 4 calls are done, [12] runs?", text) for text in texts), texts
+        published.clear()
+        executor.submit(time.sleep, 1.5)
+        wait_until(lambda: published, timeout_s=10, what="the next calls are shown too")
+        assert published[0][0]["text/plain"] == "0 of 1 calls are done, 1 runs"
+    wait_until(lambda: published[-1] == ({}, True), timeout_s=10, what="the line is taken away again")
+
+
+def test_of_an_executor_s_jobs_the_first_in_the_queue_is_told(
+    service: socket.socket, published: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standings = iter([waiting.Standing(3, 9, 0, ["7", "8"])] * 3)
+    monkeypatch.setattr(waiting, "_QUIET_S", 0)
+    monkeypatch.setattr(waiting, "_TICK_S", 0.2)
+    waiting.show_together(lambda: next(standings, None))
+    asked, _ = service.accept()
+    with asked:
+        assert json.loads(asked.recv(65536)) == {"jobs": [7, 8]}
+        places = {"7": (5, None), "8": (2, None)}
+        jobs = {job: {"place": place, "start": start, "reason": "None"} for job, (place, start) in places.items()}
+        asked.send(json.dumps({"of": 6, "jobs": jobs}).encode())
+    wait_until(lambda: published and published[-1] == ({}, True), timeout_s=10, what="the line is taken away")
+    texts = [data["text/plain"] for data, _ in published if data]
+    assert texts[-1] == "3 of 9 calls are done, job 8 waits: 2nd of 6"
 
 
 # progress
