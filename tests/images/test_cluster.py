@@ -1,5 +1,6 @@
 """Slurm's daemons in containers on a network of their own, without a swarm: what each does, and what it survives."""
 
+import re
 import secrets
 import subprocess
 import uuid
@@ -122,6 +123,22 @@ def test_root_and_strangers_submit_nothing(slurm: Slurm) -> None:
     for user in ("root", "2999:2999"):
         with pytest.raises(CommandError):
             slurm.script("true", user)
+
+
+def test_of_equal_users_who_submits_many_jobs_stands_behind_who_submits_one(slurm: Slurm) -> None:
+    def nice(user: str, *options: str) -> int:
+        argv = ["sbatch", "--parsable", "--begin=now+1hour", "--output=/dev/null", "--wrap=true", *options]
+        job = slurm.run(*argv, user=user).strip()
+        shown = slurm.run("scontrol", "show", "job", job, user=user)
+        slurm.run("scancel", job, user=user)
+        return int(re.findall(r"Nice=(-?\d+)", shown)[0])
+
+    ada, ben = "2001:2001", "2002:2002"
+    first = nice(ada)
+    assert first + 2 <= nice(ada, "--array=1-9:4,20%2") <= first + 4
+    assert first + 4 <= nice(ada) <= first + 5
+    assert nice(ben) == 0
+    assert nice(ben, "--nice=300") == 301, "what a user wants is added to"
 
 
 def test_job_can_gain_no_rights_and_write_nowhere_but_where_the_epilog_cleans(slurm: Slurm) -> None:
