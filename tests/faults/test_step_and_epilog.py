@@ -81,7 +81,7 @@ def test_worker_takes_no_further_job_and_others_go_on(
     cluster: LiveCluster, fault: Callable[[LiveCluster, str], AbstractContextManager[None]], reason: str, lost: int
 ) -> None:
     worker = cluster.workers[0]
-    with Victim(cluster, worker, VICTIM) as victim, Load(cluster, users=OTHERS, chains=3, leases=0) as load:
+    with Victim(cluster, worker, VICTIM) as victim, Load(cluster, users=OTHERS, chains=3, leases=0, executors=0) as load:
         with fault(cluster, worker):
             victim.program.kill()
             drained = f"drained {reason}"
