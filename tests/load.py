@@ -28,12 +28,15 @@ FINAL = (
 
 PROGRAM = """
 import itertools, json, signal, sys, threading, time
-from delegate_function import DelegateChain, DelegateFunctionException, SandboxDelegate, SlurmDelegate, lease
+from delegate_function import DelegateChain, DelegateFunctionException, Executor, SandboxDelegate, SlurmDelegate, lease
+
+def work(number, seconds):
+    time.sleep(seconds)
+    return number
 
 class Task:
     def run(self, number, seconds):
-        time.sleep(seconds)
-        return number
+        return work(number, seconds)
 
 stop = threading.Event()
 signal.signal(signal.SIGUSR1, lambda *_: stop.set())
@@ -44,22 +47,27 @@ def say(**what):
     with lock:
         print(json.dumps(what), flush=True)
 
-def call(kind, delegate):
+def begin():
     with lock:
         number = next(numbers)
     say(begun=number)
-    began = time.monotonic()
+    return number, time.monotonic()
+
+def end(kind, number, began, ask):
     known, text = None, ""
     try:
-        value = delegate.invoke(Task(), "run", number, 0.1)
-        outcome, known = "result" if value == number else f"wrong result {value!r}", delegate.last_call
+        value, known = ask()
+        outcome = "result" if value == number else f"wrong result {value!r}"
     except DelegateFunctionException as error:
         outcome, text, known = type(error).__name__, str(error), error.call
     except BaseException as error:
         outcome, text = "untyped", repr(error)
     job = known.job_id if known else None
     say(ended=number, kind=kind, outcome=outcome, text=text, job=job, seconds=time.monotonic() - began)
-    return outcome
+
+def call(kind, delegate):
+    number, began = begin()
+    end(kind, number, began, lambda: (delegate.invoke(Task(), "run", number, 0.1), delegate.last_call))
 
 def chain():
     while not stop.is_set():
@@ -71,8 +79,16 @@ def leases():
             while not stop.is_set() and not held.is_over:
                 call("lease", held)
 
-chains, held = map(int, sys.argv[1:])
-threads = [threading.Thread(target=work) for work in [chain] * chains + [leases] * held]
+def futures():
+    with Executor(max_workers=1) as executor:
+        while not stop.is_set():
+            begun = [begin() for _ in range(3)]
+            asked = [(*one, executor.submit(work, one[0], 0.1)) for one in begun]
+            for number, began, future in asked:
+                end("future", number, began, lambda: (future.result(), future.call))
+
+kinds = chain, leases, futures
+threads = [threading.Thread(target=kind) for kind, count in zip(kinds, sys.argv[1:]) for _ in range(int(count))]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -120,12 +136,20 @@ class Call:
 class Load:
     """Programs of several users that make call after call, several at once, until they are told to stop."""
 
-    def __init__(self, cluster: LiveCluster, *, users: Sequence[str] = USERS, chains: int = 4, leases: int = 1) -> None:
+    def __init__(
+        self,
+        cluster: LiveCluster,
+        *,
+        users: Sequence[str] = USERS,
+        chains: int = 3,
+        leases: int = 1,
+        executors: int = 1,
+    ) -> None:
         """Start it, and wait until every worker has a job and others wait for one."""
         self._cluster = cluster
         self.since = time.time()
         self._first_job = cluster.next_job()
-        argv = ["python3", "-c", PROGRAM, str(chains), str(leases)]
+        argv = ["python3", "-c", PROGRAM, str(chains), str(leases), str(executors)]
         self.programs = {user: cluster.background(argv, user) for user in users}
         wait_until(self._is_on, timeout_s=60, what="each worker has a job, and others wait")
         wait_until(lambda: self.calls(), timeout_s=60, what="a first call has ended")
@@ -179,43 +203,39 @@ class Load:
             _each_ended_once(user, [said for _, said in _said(program)])
         self._cluster.wait_until_idle(timeout_s=120)
         calls = self.calls()
-        self._each_job_has_one_record(calls)
+        jobs = range(self._first_job, self._cluster.next_job())
+        assert {int(call.job) for call in calls if call.job} <= set(jobs)
+        each_has_one_record(self._cluster, jobs, self.since)
         self._no_two_jobs_on_one_machine()
         return calls
-
-    def _each_job_has_one_record(self, calls: list[Call]) -> None:
-        known = {int(call.job) for call in calls if call.job}
-        wanted = set(range(self._first_job, self._cluster.next_job()))
-        assert known <= wanted
-
-        def records() -> dict[int, list[str]]:
-            found = defaultdict(list)
-            for job, state in self._records("JobID,State"):
-                found[int(job)].append(state.split()[0])
-            return found
-
-        def are_final() -> bool:
-            found = records()
-            return set(found) >= wanted and all(state in FINAL for states in found.values() for state in states)
-
-        wait_until(are_final, timeout_s=60, interval_s=1, what="each job has a final record")
-        twice = {job: states for job, states in records().items() if len(states) > 1}
-        assert not twice, f"more than one record: {twice}"
-
-    def _records(self, columns: str) -> Iterator[list[str]]:
-        since = datetime.fromtimestamp(self.since - 1).strftime("%Y-%m-%dT%H:%M:%S")
-        # One that is asked for by its number would be found by its time alone.
-        text = self._cluster.slurm(f"TZ=UTC sacct -a -X -D -n -P -S {since} -o {columns}")
-        for line in text.splitlines():
-            fields = line.split("|")
-            if int(fields[0]) >= self._first_job:
-                yield fields
 
     def _no_two_jobs_on_one_machine(self) -> None:
         for worker in self._cluster.workers:
             served = sorted(self._cluster.served(worker, self.since))
             for earlier, later in itertools.pairwise(served):
                 assert earlier.job == later.job or earlier.end < later.begin + 0.2 * PATIENCE, (worker, earlier, later)
+
+
+def each_has_one_record(cluster: LiveCluster, jobs: range, since: float) -> None:
+    """Prove that each of these jobs, none of which is older than that, has one accounting record, and that it is final."""
+    # One that is asked for by its number would be found by its time alone.
+    start = datetime.fromtimestamp(since - 1).strftime("%Y-%m-%dT%H:%M:%S")
+
+    def records() -> dict[int, list[str]]:
+        found = defaultdict(list)
+        text = cluster.slurm(f"TZ=UTC sacct -a -X -D -n -P -S {start} -o JobID,State")
+        for job, state in (line.split("|") for line in text.splitlines()):
+            if job.isdigit() and int(job) in jobs:
+                found[int(job)].append(state.split()[0])
+        return found
+
+    def are_final() -> bool:
+        found = records()
+        return set(found) == set(jobs) and all(state in FINAL for states in found.values() for state in states)
+
+    wait_until(are_final, timeout_s=60, interval_s=1, what="each job has a final record")
+    twice = {job: states for job, states in records().items() if len(states) > 1}
+    assert not twice, f"more than one record: {twice}"
 
 
 def _said(program: Background) -> Iterator[tuple[float, dict[str, Any]]]:

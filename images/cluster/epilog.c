@@ -5,24 +5,17 @@
 // Root only removes the grant. Whatever touches a user's processes and files does so as that user, so that nothing the user
 // prepares (a link, a swapped directory, a reused process id) turns it against somebody else.
 #define _GNU_SOURCE
+#include "grants.h"
 #include <ctype.h>
 #include <dirent.h>
 #include <err.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <grp.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
-#define GRANTS "/run/cfiddle-grants"
-#define LOCKS "/run/cfiddle-locks"           // apart from the grants: who reads those finds nothing else
 #define CLEAN "/usr/local/lib/cfiddle/clean" // removes files and shared memory of the user who runs it
 #define NOGROUP 65534
 #define FIRST_USER 1000 // below it stand the system's own accounts, whose processes keep the machine going
@@ -118,8 +111,6 @@ static int is_shared_memory_used(void) { // by anybody: more than the heading st
     return lines > 0;
 }
 
-static void pause_ms(long ms) { nanosleep(&(struct timespec){.tv_nsec = ms * 1000000}, NULL); }
-
 static void epilog(void) {
     if (unlink(job) && errno != ENOENT) err(1, "removing the grant");
     if (any(".", is_grant)) {
@@ -133,14 +124,14 @@ static void epilog(void) {
 }
 
 int main(void) {
-    char lock[64];
     number("SLURM_JOB_ID");
     job = getenv("SLURM_JOB_ID");
     user = number("SLURM_JOB_UID");
     if (user < FIRST_USER) return 0;
+    if (chdir(GRANTS)) err(1, GRANTS);
     // Not while a step of the user's starts: it must not be taken for what this job left.
-    snprintf(lock, sizeof lock, LOCKS "/%u", user);
-    if (chdir(GRANTS) || flock(open(lock, O_CREAT | O_RDWR | O_CLOEXEC, 0600), LOCK_EX)) err(1, "%s and %s", GRANTS, lock);
-    epilog();
-    return 0;
+    int lock = lock_user(user);
+    if (lock < 0) warn("the lock of user %u", user);
+    epilog(); // in any case: the node is drained without the lock, but nothing of the job may stay
+    return lock < 0;
 }

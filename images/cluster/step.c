@@ -7,19 +7,17 @@
 // And it makes slurmstepd adopt the processes that lose their parent. proctrack/linuxproc goes by who is whose child, so a
 // process that forked twice was out of its sight: it outlived its step, which waited for as long as it held its output open.
 #define _GNU_SOURCE
-#include <fcntl.h>
+#include "grants.h"
 #include <slurm/spank.h>
+#include <spawn.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <sys/file.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include <sys/wait.h>
 
 SPANK_PLUGIN(cfiddle_step, 1)
 
-#define GRANTS "/run/cfiddle-grants"
-#define LOCKS "/run/cfiddle-locks"
+#define NODE_HEALTH "/usr/local/lib/cfiddle/node-health"
+#define FAILED -1 // the one that keeps a step from starting: ESPANK_ERROR is above 0 and does not
 
 static int write_grant(unsigned job, unsigned user) {
     char path[64], aside[64];
@@ -29,22 +27,33 @@ static int write_grant(unsigned job, unsigned user) {
     int file = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (file < 0) return -1;
     int written = dprintf(file, "%u\n", user);
-    return close(file) == 0 && written > 0 ? rename(aside, path) : -1;
+    if (close(file) == 0 && written > 0 && rename(aside, path) == 0) return 0;
+    unlink(aside);
+    return -1;
+}
+
+// A step that does not start is no fault of its node to Slurm, which would send the whole queue there. The health check, when
+// it finds that grants can be written again, takes this back.
+static void drain_node(void) {
+    pid_t child;
+    int status;
+    char *const arguments[] = {"timeout", "30", NODE_HEALTH, "jobs cannot be granted to their users", NULL};
+    if (posix_spawnp(&child, *arguments, NULL, NULL, arguments, environ) || waitpid(child, &status, 0) != child || status)
+        slurm_error("this node could not be drained");
 }
 
 int slurm_spank_init(spank_t spank, int count, char **arguments) {
     uint32_t job;
     uid_t user;
-    char path[64];
     (void)count, (void)arguments;
     if (spank_remote(spank) != 1) return ESPANK_SUCCESS; // srun or sbatch, not slurmstepd
-    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)) return ESPANK_ERROR;
-    if (spank_get_item(spank, S_JOB_ID, &job) || spank_get_item(spank, S_JOB_UID, &user)) return ESPANK_ERROR;
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)) return FAILED;
+    if (spank_get_item(spank, S_JOB_ID, &job) || spank_get_item(spank, S_JOB_UID, &user)) return FAILED;
     // Not while an epilog of the user's is at work: it would take this job for what an earlier one left.
-    snprintf(path, sizeof path, LOCKS "/%u", user);
-    int lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    int failed = lock < 0 || flock(lock, LOCK_EX) || write_grant(job, user);
+    int lock = lock_user(user);
+    int failed = lock < 0 || write_grant(job, user);
     if (failed) slurm_error("the grant for job %u of user %u cannot be written: %m", job, user);
-    close(lock);
-    return failed ? ESPANK_ERROR : ESPANK_SUCCESS;
+    if (lock >= 0) close(lock);
+    if (failed) drain_node();
+    return failed ? FAILED : ESPANK_SUCCESS;
 }

@@ -1,10 +1,12 @@
-"""A worker is cut off from the network for a moment, and comes back."""
+"""A worker is cut off from the network, for a moment and for longer than Slurm waits, and comes back."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from live import LiveCluster, run
+import pytest
+
+from live import LiveCluster, run, wait_until
 from load import Load, Victim
 
 
@@ -21,12 +23,18 @@ def _unplugged(cluster: LiveCluster, worker: str) -> Iterator[None]:
         run(["ip", "link", "set", "dev", link, "up"]).ok()
 
 
-def test_call_on_a_worker_that_is_cut_off_is_told_and_others_go_on(cluster: LiveCluster) -> None:
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("is_given_up", [False, True], ids=["for a moment", "until Slurm gives it up"])
+def test_call_on_a_worker_that_is_cut_off_is_told_and_others_go_on(cluster: LiveCluster, is_given_up: bool) -> None:
     worker = cluster.workers[0]
     with Victim(cluster, worker) as victim, Load(cluster) as load:
         with _unplugged(cluster, worker):
             _, kind, text = victim.told(timeout_s=20)
             assert kind == "ConnectionLost", text
             load.wait_for_results(5)
+            if is_given_up:
+                wait_until(lambda: "down" in cluster.nodes()[worker], timeout_s=150, what=f"{worker} is given up")
+                load.wait_for_results(5)
+        wait_until(lambda: cluster.nodes()[worker] in ("allocated", "mixed"), timeout_s=90, what=f"{worker} has jobs")
         load.wait_for_results(3)
         load.stop()
