@@ -67,9 +67,12 @@ def cluster() -> LiveCluster:
 
 
 @pytest.fixture
-def left_idle(cluster: LiveCluster) -> Iterator[None]:
+def left_idle(request: pytest.FixtureRequest, cluster: LiveCluster) -> Iterator[None]:
     """Prove that a test leaves the cluster idle; a failed one leaves nothing to the next."""
+    failed_before = request.session.testsfailed
     yield
+    if request.session.testsfailed > failed_before:
+        cluster.cancel_all()
     try:
         cluster.wait_until_idle(timeout_s=60)
     except AssertionError:
