@@ -18,6 +18,11 @@ REPORT_LINES = 60
 HERE = Path(__file__).resolve().parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let who expects tests to fail do without a look at the cluster at each."""
+    parser.addoption("--no-report", action="store_true", help="do not look at the cluster when a test fails")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Name the markers, and be interruptible: what runs in the background may have been started to ignore that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,7 +48,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Add what the cluster looks like to the report of a failed test."""
     report = yield
     cluster = item.funcargs.get("cluster") if hasattr(item, "funcargs") else None
-    if report.failed and isinstance(cluster, LiveCluster):
+    if report.failed and isinstance(cluster, LiveCluster) and not item.config.getoption("--no-report"):
         report.sections.append(("the cluster", "\n".join(islice(cluster.report(), REPORT_LINES))))
     return report
 
@@ -63,12 +68,15 @@ def cluster() -> LiveCluster:
 
 
 @pytest.fixture
-def left_idle(cluster: LiveCluster) -> Iterator[None]:
+def left_idle(request: pytest.FixtureRequest, cluster: LiveCluster) -> Iterator[None]:
     """Prove that a test leaves the cluster idle; one that does not spoils no other: what it leaves is mended."""
     if cluster.is_lost:
         pytest.fail("an earlier test left a cluster that could not be mended", pytrace=False)
+    failed_before = request.session.testsfailed
     yield
     try:
+        if request.session.testsfailed > failed_before:
+            cluster.cancel_all()
         cluster.wait_until_idle(timeout_s=120)
     except Exception as error:  # whatever is missing: an engine, a container, Slurm
         cluster.mend()

@@ -48,6 +48,10 @@ def wait_until(predicate: Callable[[], Found], *, timeout_s: float, what: str, i
         time.sleep(interval_s)
 
 
+class CommandFailed(Exception):
+    """A command that must succeed cannot be run or did not: no assertion, for it is not what a test is about."""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a command ended."""
@@ -64,8 +68,9 @@ class Result:
         return self.stdout + self.stderr
 
     def ok(self) -> str:
-        """Return the standard output of a command that must have succeeded."""
-        assert self.exit_status == 0, f"{self.argv[-1]!r} ended with {self.exit_status}:\n{self.output[-3000:]}"
+        """Return the standard output of a command that must have succeeded; raise CommandFailed if it did not."""
+        if self.exit_status:
+            raise CommandFailed(f"{self.argv[-1]!r} ended with {self.exit_status}:\n{self.output[-3000:]}")
         return self.stdout
 
 
@@ -300,7 +305,8 @@ class LiveCluster:
     def exec_as_user(self, user: str, argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
         """Return the command that runs `argv` as a user in the userhost container."""
         container = self.container("userhost")
-        assert container, "no userhost container runs"
+        if not container:
+            raise CommandFailed("no userhost container runs")
         uid, gid = self.ids(user)
         home = "/root" if user == "root" else f"/home/{user}"
         given = {"HOME": home, "USER": user, "LOGNAME": user, **env}
@@ -336,7 +342,8 @@ class LiveCluster:
     def in_service(self, service: str, command: str, worker: str | None = None, *, timeout_s: float = 60) -> Result:
         """Run a shell command as root in a service's container."""
         container = self.container(service, worker)
-        assert container, f"no container of {service} runs on {worker or 'the head'}"
+        if not container:
+            raise CommandFailed(f"no container of {service} runs on {worker or 'the head'}")
         if worker is None:
             return docker("exec", container, "sh", "-c", command, timeout_s=timeout_s)
         return self.on_worker(worker, ["docker", "exec", container, "sh", "-c", command], timeout_s=timeout_s)
@@ -349,6 +356,8 @@ class LiveCluster:
         if not agent:
             return {}
         said = self.on_worker(worker, ["docker", "exec", agent, "python3", "-m", "agent", "--list"])
+        if said.exit_status:  # it has just ended
+            return {}
         lines = [line.split() for line in said.stdout.splitlines()]
         return {container: (state, job) for container, state, _, job in lines}
 
@@ -483,7 +492,7 @@ class LiveCluster:
         def lines(title: str, command: Callable[[], str], most: int) -> Iterator[str]:
             try:
                 text = command()
-            except (ClusterError, AssertionError, subprocess.SubprocessError, OSError) as error:
+            except (ClusterError, CommandFailed, AssertionError, subprocess.SubprocessError, OSError) as error:
                 text = f"(not to be had: {str(error)[:200]})"
             yield f"-- {title}"
             yield from [line[:180] for line in text.splitlines() if line.strip()][-most:]

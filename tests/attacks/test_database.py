@@ -45,12 +45,13 @@ def _bridge_addresses(cluster: LiveCluster, service: str) -> list[str]:
 def test_database_is_reached_from_slurmdbd_alone(cluster: LiveCluster) -> None:
     hosts = dict.fromkeys(_addresses(cluster, "mysql") + _bridge_addresses(cluster, "mysql"))
     places = [f"{host}:3306" for host in hosts] + [f"{cluster.config.head_addr}:3306"]
-    for where, result in {
-        "userhost": cluster.user(["python3", "-c", KNOCK, *places], timeout_s=120),
-        "job step": cluster.user(["srun", "python3", "-c", KNOCK, *places], timeout_s=120),
-        "sandbox": cluster.user(["python3", "-c", IN_SANDBOX, KNOCK, *places], timeout_s=120),
-    }.items():
-        assert result.ok().strip() == "answering []", where
+    knocks = {
+        "userhost": ["python3", "-c", KNOCK],
+        "job step": ["srun", "python3", "-c", KNOCK],
+        "sandbox": ["python3", "-c", IN_SANDBOX, KNOCK],
+    }
+    said = {where: cluster.user([*knock, *places], timeout_s=120).ok().strip() for where, knock in knocks.items()}
+    assert said == dict.fromkeys(knocks, "answering []")
     script = f"python3 - {' '.join(places)} <<'END'\n{KNOCK}\nEND"
     assert "mysql:3306" in cluster.in_service("slurmdbd", script).ok(), "the knocker is good for something"
 

@@ -79,8 +79,9 @@ def test_sandbox_gets_nothing_of_the_caller_s_environment(cluster: LiveCluster, 
 def test_python_path_of_the_caller_is_not_followed_on_its_way(cluster: LiveCluster, traps: dict[str, str]) -> None:
     # The caller's own interpreter is told to ignore it; what it starts here and on the worker must do so by itself.
     program = f"import os; os.environ['PYTHONPATH'] = '/home/{USER}/.traps'\n{CALL}"
-    assert cluster.python(program, USER).ok().splitlines()[-1] == "(65533, [], False)"
+    result = cluster.python(program, USER)
     assert _walked_in(cluster) == set()
+    assert result.ok().splitlines()[-1] == "(65533, [], False)"
 
 
 def test_slurm_conf_of_the_caller_changes_nobody_else_s_job(cluster: LiveCluster, traps: dict[str, str]) -> None:

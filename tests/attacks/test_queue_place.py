@@ -28,19 +28,21 @@ import array, os, socket, threading, time
 PACKETS = [b"", b"[" * 4096, b"\\xff" * 100, b'{{"jobs": [' + b"9" * 4000 + b"]}}", b'{{"jobs": [1]}}', b"x" * 100000]
 end = time.monotonic() + 8
 def flood(number):
-    held = []
+    speaks, held = number % 2, []
     while time.monotonic() < end:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(1)
         try:
             connection.connect({SOCKET!r})
-            if number % 2:
+            if speaks:
                 descriptors = array.array("i", [0, 1, 2] * 30)
                 packet = PACKETS[int(time.monotonic() * 1000) % len(PACKETS)]
                 connection.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
         except OSError:
             pass
-        held = [*held[-100:], connection]  # most say nothing and stay
+        held = [*held[-10 if speaks else -200:], connection]
+        if not speaks:
+            time.sleep(0.01)  # those that say nothing stay for two seconds
 threads = [threading.Thread(target=flood, args=(number,)) for number in range(8)]
 print("begun", flush=True)
 for thread in threads:
