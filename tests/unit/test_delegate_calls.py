@@ -28,8 +28,8 @@ from delegate_function import (
     TestClass,
     TrivialDelegate,
     VersionMismatch,
+    forked,
     frames,
-    launch,
 )
 from delegate_function.delegates import BaseDelegate
 
@@ -463,8 +463,8 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
 
 
 def test_call_is_ended_before_its_process_got_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_become_worker", lambda: time.sleep(30))
-    worker = launch.Worker({}, "here")
+    monkeypatch.setattr(forked, "_become_worker", lambda: time.sleep(30))
+    worker = forked.Worker({}, "here")
     started = time.monotonic()
     worker.discard()
     assert time.monotonic() - started < 5
