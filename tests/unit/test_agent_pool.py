@@ -40,11 +40,17 @@ class Sandbox:
         if self._maker.problem:
             raise EngineError(500, self._maker.problem)
 
-    def wait_until_ready(self, *, timeout_s: float, wake: int) -> bool:
-        ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
-        if wake in ready:
-            return False
-        self.state = State.READY
+    def wait_until(self, wanted: State, *, timeout_s: float, wake: int) -> bool:
+        if self.state is State.MADE:
+            ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
+            if wake in ready:
+                return False
+            self.state = State.CONNECTED
+        if wanted is State.READY:
+            ready, _, _ = select.select([wake, self._maker.prepares], [], [], timeout_s)
+            if wake in ready:
+                return False
+            self.state = State.READY
         return True
 
     def is_well(self) -> bool:
@@ -65,7 +71,7 @@ class Sandbox:
 
 
 class Sandboxes:
-    """Makes such sandboxes; they boot as soon as `boot` was called."""
+    """Makes such sandboxes; they boot, and prepare themselves, as soon as `boot` was called."""
 
     def __init__(self) -> None:
         self.made: list[Sandbox] = []
@@ -73,9 +79,12 @@ class Sandboxes:
         self.destroyed: list[Sandbox] = []
         self.problem = ""
         self.boots, self._boot = os.pipe()
+        self.prepares, self._prepare = os.pipe()
 
-    def boot(self) -> None:
+    def boot(self, *, prepare: bool = True) -> None:
         os.write(self._boot, b"x")
+        if prepare:
+            os.write(self._prepare, b"x")
 
     def create(self, profile: Profile, limits: Limits, *, cpus: str) -> Sandbox:
         self.made_at.append(time.monotonic())

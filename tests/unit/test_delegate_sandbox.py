@@ -96,6 +96,8 @@ class Agent:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.started = threading.Event()
         self.cancelled = threading.Event()
+        self.prepares = True
+        self.said: list[dict[str, Any]] = []
         self.behave: Callable[[socket.socket, list[int]], None] = self.run
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(self.path))
@@ -130,7 +132,10 @@ class Agent:
             process = subprocess.Popen([sys.executable, "-I", "-c", program], env={"SEALED": "yes"}, cwd="/")
             self.processes.append(process)
             connection, _ = listener.accept()
-        assert json.loads(connection.recv(65536))["type"] == "ready"
+        assert json.loads(connection.recv(65536))["type"] == "connected"
+        if self.prepares:
+            connection.send(json.dumps({"type": "prepare"}).encode())
+            assert json.loads(connection.recv(65536)) == {"type": "ready"}
         return process, connection
 
     def run(self, client: socket.socket, descriptors: list[int], reason: str = "exited") -> None:
@@ -146,8 +151,11 @@ class Agent:
             gone = threading.Thread(target=self._watch, args=(client, process))
             gone.start()
             with contextlib.suppress(ConnectionResetError):  # its client left, and it was killed
-                if packet := connection.recv(65536):
-                    done = json.loads(packet)
+                while packet := connection.recv(65536):
+                    self.said.append(json.loads(packet))
+                    if self.said[-1]["type"] == "done":
+                        done = self.said[-1]
+                        break
         process.wait(10)
         ended = {"type": "ended", "reason": reason, "exit_status": done.get("status"), "detail": "", "usage": USAGE}
         if not self.cancelled.is_set():
