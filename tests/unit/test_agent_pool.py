@@ -33,6 +33,7 @@ class Sandbox:
         self.state = State.MADE
         self.connection, self.process = socket.socketpair()
         self.said: list[str] = []
+        self.asked: State | None = None
         self._maker = maker
 
     def start(self) -> None:
@@ -41,6 +42,7 @@ class Sandbox:
             raise EngineError(500, self._maker.problem)
 
     def wait_until(self, wanted: State, *, timeout_s: float, wake: int) -> bool:
+        self.asked = wanted
         if self.state is State.MADE:
             ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
             if wake in ready:
@@ -216,6 +218,31 @@ def test_whoever_waited_and_left_leaves_an_unused_one(machine: Machine) -> None:
     machine.sandboxes.boot()
     machine.wait_until_full()
     assert machine.sandboxes.destroyed == []
+
+
+def test_one_that_is_made_because_a_call_waits_prepares_nothing(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.wait_until_full()
+    machine.grant(7)
+    ready = [machine.take(job=7, becomes=State.SERVED) for _ in range(3)]
+    assert [sandbox.asked for sandbox in ready] == [State.READY] * 3
+    assert machine.take(job=7).asked is State.CONNECTED
+
+
+def test_a_half_made_one_that_a_call_takes_need_not_be_prepared(machine: Machine) -> None:
+    machine.sandboxes.boot(prepare=False)
+    machine.wait_for("both are connected", lambda: [s.state for s in machine.sandboxes.made] == [State.CONNECTED] * 2)
+    machine.grant(7)
+    taken = machine.take(job=7)
+    assert taken in machine.sandboxes.made[:2]
+    assert taken.asked is State.CONNECTED
+
+
+def test_one_whose_call_left_before_it_was_prepared_is_not_kept(machine: Machine) -> None:
+    early = machine.sandboxes.create(machine.profile, LIMITS, cpus="")
+    early.state = State.CONNECTED
+    machine.pool._keep_ready(early)  # type: ignore[arg-type]
+    machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [early])
 
 
 def test_a_used_one_is_removed_in_quiet_times_or_with_its_job(machine: Machine) -> None:
