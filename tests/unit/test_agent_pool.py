@@ -238,11 +238,14 @@ def test_a_half_made_one_that_a_call_takes_need_not_be_prepared(machine: Machine
     assert taken.asked is State.CONNECTED
 
 
-def test_one_whose_call_left_before_it_was_prepared_is_not_kept(machine: Machine) -> None:
+def test_one_whose_call_left_before_it_was_prepared_is_not_kept(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
     early = machine.sandboxes.create(machine.profile, LIMITS, cpus="")
     early.state = State.CONNECTED
     machine.pool._keep_ready(early)  # type: ignore[arg-type]
     machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [early])
+    assert caplog.text == "", "it is not taken for one that has died"
 
 
 def test_a_used_one_is_removed_in_quiet_times_or_with_its_job(machine: Machine) -> None:
