@@ -451,7 +451,7 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
     delegate = SubprocessDelegate()
     delegate.invoke(Thing(), "add", 1)
     # A call comes back before its first hop has quite ended.
-    wait_until(lambda: threading.active_count() == threads, timeout_s=10, what="the first call's thread is gone")
+    wait_until(lambda: threading.active_count() <= threads, timeout_s=10, what="the first call's thread is gone")
     before = held()
     for _ in range(3):
         delegate.invoke(Thing(), "add", 1)

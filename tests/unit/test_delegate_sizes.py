@@ -20,14 +20,14 @@ TWICE = 2.2
 """Two copies, and what else a process needs meanwhile."""
 
 HOP = f"""#!{sys.executable} -I
-import os, sys
+import os, posix, sys
 sys.path[:0] = [{str(SRC)!r}]
 leave = os._exit
 def noted(status):
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
     open(__file__ + ".peak", "w").write(peak.split()[1])
     leave(status)
-os._exit = noted
+os._exit = posix._exit = noted
 from delegate_function.hop import main
 main()
 """
