@@ -33,6 +33,7 @@ from common import (
 )
 
 from cfiddle_cluster.commands import docker_cli
+from cfiddle_cluster.wait import wait_until
 
 HERE = Path(__file__).resolve().parent
 PAUSE_S = 1.5
@@ -83,12 +84,20 @@ class Bench:
         return timed(docker("exec", f"{MACHINE}{self.worker}", "bash", "-c", script + 'echo "$start $end"'))
 
     def drain_pool(self) -> None:
-        """Leave no sandbox on the workers that waits for a call."""
-        for worker in self.workers:
-            engine = on_machine(worker)
-            for found in engine("ps", "-q", "--filter", "label=cfiddle.sandbox").split():
+        """Leave no sandbox on the workers that waits for a call, and no work with those that did."""
+        killed = {worker: self._sandboxes(worker) for worker in self.workers}
+        for worker, sandboxes in killed.items():
+            for sandbox in sandboxes:
                 with contextlib.suppress(Exception):  # it may have been on its way out
-                    engine("kill", found)
+                    on_machine(worker)("kill", sandbox)
+        wait_until(
+            lambda: not any(sandboxes & self._sandboxes(worker, "-a") for worker, sandboxes in killed.items()),
+            timeout_s=20,
+            what="the agents have removed them",
+        )
+
+    def _sandboxes(self, worker: str, *options: str) -> set[str]:
+        return set(on_machine(worker)("ps", "-q", "--filter", "label=cfiddle.sandbox", *options).split())
 
 
 def _run_sandbox_image(image: str, *command: str) -> str:

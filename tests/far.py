@@ -9,6 +9,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
+import agent
 import delegate_function
 
 OTHER = "nobody"
@@ -28,8 +29,9 @@ class Far:
 
     def __init__(self, directory: Path, *, version: str = delegate_function.__version__) -> None:
         directory.chmod(0o755)
-        package = Path(delegate_function.__file__).parent
-        shutil.copytree(package, directory / "delegate_function", ignore=shutil.ignore_patterns("__pycache__"))
+        for package in (delegate_function, agent):
+            source = Path(str(package.__file__)).parent
+            shutil.copytree(source, directory / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         first = directory / "delegate_function/__init__.py"
         ours = f'__version__ = "{delegate_function.__version__}"'
         assert ours in first.read_text()

@@ -5,8 +5,8 @@ Nothing here has a right that the user lacks. Only the standard library is used.
 
 from __future__ import annotations
 
-import os
-import socket
+import _socket as socket
+import posix as os
 
 from agent import wire
 from agent.wire import SOCKET, Refused
@@ -144,11 +144,13 @@ def ping(socket_path: str = SOCKET) -> None:
     Raises:
         OSError: it does not.
     """
-    with _ask("ping", {}, socket_path) as connection:
-        try:
-            wire.receive(connection)
-        except EOFError as error:
-            raise ConnectionError("the agent went away") from error
+    connection = _ask("ping", {}, socket_path)
+    try:
+        wire.receive(connection)
+    except EOFError as error:
+        raise ConnectionError("the agent went away") from error
+    finally:
+        connection.close()
 
 
 def _ask(kind: str, request: dict[str, Any], path: str, descriptors: tuple[int, ...] = ()) -> socket.socket:

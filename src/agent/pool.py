@@ -167,7 +167,7 @@ class Pool:
                 return making.sandbox
             making.claimed = False
             if making.sandbox:
-                self._ready.append(making.sandbox)  # it was never used
+                self._keep_ready(making.sandbox)
             self._rouse()
         raise Abandoned
 
@@ -175,7 +175,8 @@ class Pool:
         sandbox = self._sandboxes.create(profile, limits, cpus=cpus)
         try:
             sandbox.start()
-            if not sandbox.wait_until_ready(timeout_s=_BOOT_S, wake=waiter.fileno()):
+            # It prepares nothing: the call imports what it needs.
+            if not sandbox.wait_until(State.CONNECTED, timeout_s=_BOOT_S, wake=waiter.fileno()):
                 raise Abandoned
         except BaseException:
             self._discard(sandbox)
@@ -263,11 +264,18 @@ class Pool:
                 self._trouble[profile.name].end(profile.name)
                 making.sandbox = sandbox
                 if sandbox and not making.claimed:
-                    self._ready.append(sandbox)
+                    self._keep_ready(sandbox)
             elif not self._closed:
                 self._trouble[profile.name].note(profile.name, problem)
             self._rouse()
         os.eventfd_write(making.over, 1)
+
+    def _keep_ready(self, sandbox: Sandbox) -> None:
+        """Keep one that was never used, unless it was taken so early that it is not prepared; the lock is held."""
+        if sandbox.state is State.READY:
+            self._ready.append(sandbox)
+        else:
+            self._discard(sandbox)
 
     def _boot(self, making: _Making, sandbox: Sandbox) -> None:
         """Let it boot while it may, and stand still while it may not."""
@@ -278,7 +286,8 @@ class Pool:
                 self._wait_for_leave(making)
                 sandbox.thaw()
             began = time.monotonic()
-            if sandbox.wait_until_ready(timeout_s=left_s, wake=making.wake):
+            wanted = State.CONNECTED if making.claimed else State.READY
+            if sandbox.wait_until(wanted, timeout_s=left_s, wake=making.wake):
                 return
             os.eventfd_read(making.wake)
             left_s -= time.monotonic() - began

@@ -1,11 +1,12 @@
 """Sandboxes: containers of one fixed shape, each of which serves one call and is destroyed.
 
-A sandbox is made, started, boots until its process has connected to the agent and is ready, serves one call, and is
-gone. It hangs on that connection: its first process ends when the agent does.
+A sandbox is made, started, boots until its process has connected to the agent, prepares itself if there is time for it,
+serves one call, and is gone. It hangs on that connection: its first process ends when the agent does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import json
@@ -32,13 +33,14 @@ _INSIDE = "/run/cfiddle"
 _SOCKET = "sandbox.sock"
 _LOOK_S = 0.5
 _DEATH_S = 5.0
+_FAREWELL_S = 1.0
 _CREATE_S = 5.0
 
 log = logging.getLogger("agent")
 
 
 class State(enum.Enum):
-    """Where a sandbox is in its one life."""
+    """Where a sandbox is in its one life; from CONNECTED on it can take its call."""
 
     MADE = "made"
     CONNECTED = "connected"
@@ -133,6 +135,7 @@ class Sandbox:
         image: the digest of its image, once it has started.
         counters: 0 if its process could open a hardware counter, else the error's number; None where it did not say.
         connection: the socket to its first process, once that has connected; before, the one that waits for it.
+        has_returned: its call is over, and the call's process is just ending.
     """
 
     def __init__(
@@ -155,9 +158,12 @@ class Sandbox:
         self.image = ""
         self.counters: int | None = None
         self.connection = listener
+        self.has_returned = False
         self._engine = engine
         self._cgroups = cgroups
         self._frozen = False
+        self._listens = True
+        self._prepares = False
 
     @functools.cached_property
     def cgroup(self) -> usage.Cgroup:
@@ -169,20 +175,24 @@ class Sandbox:
         self._engine.start(self.container)
         self.image = str(self._engine.inspect(self.container)["Image"])
 
-    def wait_until_ready(self, *, timeout_s: float, wake: int) -> bool:
-        """Wait until its process has said that it is ready, or something else happens; then one may wait again.
+    def wait_until(self, wanted: State, *, timeout_s: float, wake: int) -> bool:
+        """Wait until it is CONNECTED or READY, or something else happens; then one may wait again.
 
         Args:
+            wanted: to become READY it is told to import what the profile's command names.
             wake: a descriptor; the wait ends when it becomes readable.
 
         Returns:
-            Whether the sandbox is ready.
+            Whether the sandbox has come so far.
 
         Raises:
-            SandboxError: it is not ready in time, or ends, or speaks otherwise.
+            SandboxError: it has not in time, or ends, or speaks otherwise.
         """
         deadline = time.monotonic() + timeout_s
-        while self.state is not State.READY:
+        while self.state not in (wanted, State.READY):
+            if self.state is State.CONNECTED and not self._prepares:
+                self._tell("prepare")
+                self._prepares = True
             poller = select.poll()
             poller.register(self.connection, select.POLLIN)
             poller.register(wake, select.POLLIN)
@@ -200,20 +210,34 @@ class Sandbox:
         return True
 
     def _boot(self) -> None:
-        if self.state is State.MADE:
+        if self._listens:
             listener, self.connection = self.connection, self.connection.accept()[0]
             listener.close()
-            self.state = State.CONNECTED
+            self._listens = False
             return
+        message = self._heard()
+        if self.state is State.MADE and message.get("type") == "connected":
+            counters = message.get("counters")
+            self.counters = counters if type(counters) is int else None
+            self.state = State.CONNECTED
+        elif self._prepares and message.get("type") == "ready":
+            self._prepares = False
+            self.state = State.READY
+        else:
+            raise SandboxError("its process did not say that it is ready")
+
+    def _heard(self) -> dict[str, Any]:
         try:
-            message, _ = wire.receive(self.connection)
+            return wire.receive(self.connection)[0]
         except (EOFError, OSError, wire.Refused) as error:
             raise SandboxError(f"its process spoke otherwise than it should: {error}") from error
-        if message.get("type") != "ready":
-            raise SandboxError("its process did not say that it is ready")
-        counters = message.get("counters")
-        self.counters = counters if type(counters) is int else None
-        self.state = State.READY
+
+    def _tell(self, what: str, descriptors: Sequence[int] = ()) -> None:
+        self.connection.settimeout(_DEATH_S)
+        try:
+            wire.send(self.connection, {"type": what}, descriptors)
+        except OSError as error:
+            raise SandboxError(f"its process is gone: {error}") from error
 
     def is_well(self) -> bool:
         """Return whether it waits for its call; one whose process has ended, or speaks unasked, does not."""
@@ -260,30 +284,49 @@ class Sandbox:
         Raises:
             SandboxError: its process is gone, or had its call already.
         """
-        if self.state is not State.READY:
+        if self.state not in (State.CONNECTED, State.READY):
             raise SandboxError(f"it is {self.state.value}, not ready: a sandbox serves one call")
         self.state = State.SERVING
-        self.connection.settimeout(_DEATH_S)
-        try:
-            wire.send(self.connection, {"type": "call"}, descriptors)
-        except OSError as error:
-            raise SandboxError(f"its process is gone: {error}") from error
+        self._tell("call", descriptors)
 
-    def status(self) -> int:
-        """Read the one thing that a serving sandbox says: how the call's process ended (negative: by which signal).
+    def status(self) -> int | None:
+        """Read what a serving sandbox says: how the call's process ended (negative: by which signal).
+
+        The status is 0 as soon as the call has returned (`has_returned`); the process takes a while to end after that.
+
+        Returns:
+            None if it says something else, for which it had leave.
 
         Raises:
             EOFError: its first process ended without a word.
-            SandboxError: it says something else.
+            SandboxError: it speaks otherwise than it should.
         """
         try:
             message, _ = wire.receive(self.connection)
         except (OSError, wire.Refused) as error:
             raise SandboxError(f"its first process spoke otherwise than it should: {error}") from error
+        kind = message.get("type")
+        if kind == "ready" and self._prepares:  # it was under way when the call was handed over
+            self._prepares = False
+            return None
+        if kind == "returned" and not self.has_returned:
+            self.has_returned = True
+            return 0
         status = message.get("status")
-        if message.get("type") != "done" or type(status) is not int or not -128 < status < 256:
+        if kind != "done" or type(status) is not int or not -128 < status < 256:
             raise SandboxError("its first process spoke otherwise than it should")
         return status
+
+    def see_off(self) -> None:
+        """Wait until nothing of a call that has returned runs any more; see to it, if something does."""
+        if self.has_returned:
+            with contextlib.suppress(EOFError, SandboxError):
+                self.connection.settimeout(_FAREWELL_S)
+                self.status()
+        if self.cgroup.read().processes == 1:  # its first process, which waits
+            self.state = State.SERVED
+        else:  # something was left running
+            self.kill()
 
     def autopsy(self) -> tuple[int, bool]:
         """Return the status of its first process, which ended by itself, and whether memory was the reason."""

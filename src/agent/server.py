@@ -23,11 +23,12 @@ from agent.policy import MIN_MEMORY_MB, Policy, Profile
 from agent.pool import Pool
 from agent.quiet import Quiet
 from agent.request import CallRequest, call_request, lease_request
-from agent.sandboxes import Abandoned, Holder, Sandbox, SandboxError, Sandboxes, State
+from agent.sandboxes import Abandoned, Holder, Sandbox, SandboxError, Sandboxes
 from agent.usage import Reading
 
 _REQUEST_S = 5.0
 _LOOK_S = 0.5
+_CLEARED_S = 0.1
 _CONNECTIONS_PER_USER = 64
 
 log = logging.getLogger("agent")
@@ -55,6 +56,8 @@ class Server:
         self._lock = threading.Lock()
         self._connections: Counter[int] = Counter()
         self._calls: Counter[int] = Counter()
+        self._ending = 0
+        self._changed = threading.Condition(self._lock)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path.unlink(missing_ok=True)
         self._listener.bind(os.fspath(path))
@@ -172,6 +175,8 @@ class Server:
         descriptors: list[int],
     ) -> None:
         limits = sandbox.limits
+        with self._changed:  # what another call leaves to the kernel to clear away shall not disturb this one
+            self._changed.wait_for(lambda: not self._ending, _CLEARED_S)
         before = sandbox.cgroup.read()
         sandbox.hand_over(descriptors)
         began = time.monotonic()
@@ -197,12 +202,25 @@ class Server:
             "peak_memory_mb": ending.reading.peak_memory_mb,
         }
         known = {"reason": ending.reason, "exit_status": ending.exit_status, "detail": ending.detail}
+        if sandbox.has_returned:
+            with self._lock:
+                self._ending += 1
         _tell(connection, {"type": "ended", **known, "usage": used, "node": fingerprint})
+        if sandbox.has_returned:
+            self._see_off(sandbox)
         log.info(
             "call %s of user %d, job %d, in %.12s: %s %s after %.3f s%s",
             *(request.id, grant.uid, request.job, sandbox.container, ending.reason, ending.exit_status, wall_s),
             f" ({ending.detail})" if ending.detail else "",
         )
+
+    def _see_off(self, sandbox: Sandbox) -> None:
+        try:
+            sandbox.see_off()
+        finally:
+            with self._changed:
+                self._ending -= 1
+                self._changed.notify_all()
 
     def _watch(
         self, connection: socket.socket, request: CallRequest, grant: Grant, sandbox: Sandbox, deadline: float
@@ -215,7 +233,9 @@ class Server:
             left = deadline - time.monotonic()
             ready = [fd for fd, _ in poller.poll(max(0.0, min(left, _LOOK_S)) * 1000)]
             if sandbox.connection.fileno() in ready:
-                return self._over(sandbox)
+                if ending := self._over(sandbox):
+                    return ending
+                continue
             if connection.fileno() in ready:
                 return self._end(sandbox, "cancelled", "the caller is gone")
             if self._grants.find(request.job) != grant:
@@ -228,8 +248,8 @@ class Server:
         sandbox.kill()
         return Ending(reason, None, detail, reading)
 
-    def _over(self, sandbox: Sandbox) -> Ending:
-        """Find out how a call ended whose sandbox has something to say, or has just died."""
+    def _over(self, sandbox: Sandbox) -> Ending | None:
+        """Find out how a call ended whose sandbox has something to say, or has just died; None if it goes on."""
         limits = sandbox.limits
         try:
             status = sandbox.status()
@@ -242,11 +262,11 @@ class Server:
             return Ending("error", None, f"the sandbox's first process ended with status {status}", Reading())
         except SandboxError as error:
             return self._end(sandbox, "error", str(error))
+        if status is None:
+            return None
         reading = sandbox.cgroup.read()
-        if reading.processes == 1:  # its first process, which waits
-            sandbox.state = State.SERVED
-        else:  # something was left running
-            sandbox.kill()
+        if not sandbox.has_returned:
+            sandbox.see_off()
         reason, detail = "exited", ""
         if reading.oom_kills:
             reason, detail = "memory", f"memory limit of {limits.memory_mb} MB"

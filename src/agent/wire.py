@@ -6,11 +6,12 @@ library is used, and little of it: the client's side is loaded before every call
 
 from __future__ import annotations
 
-import array
-import contextlib
-import json
-import os
-import socket
+# Of `socket` only the part in C: the rest loads `selectors` and `enum`.
+import _socket as socket
+import posix as os
+import sys
+
+from agent import compact
 
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all of this
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ VERSION = 2
 VERSIONS = (2,)
 SOCKET = "/run/cfiddle-agent/agent.sock"
 MAX_PACKET = 64 * 1024
+_INT_BYTES = 4
 DESCRIPTORS = ("channel", "stdout", "stderr")
 
 
@@ -34,11 +36,11 @@ class Refused(Exception):
 
 def send(connection: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
     """Send one packet."""
-    data = json.dumps(message, separators=(",", ":")).encode()
+    data = compact.encode(message)
     if len(data) > MAX_PACKET:
         raise ValueError(f"a packet of {len(data)} bytes (at most {MAX_PACKET})")
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    connection.sendmsg([data], rights)
+    rights = b"".join(descriptor.to_bytes(_INT_BYTES, sys.byteorder) for descriptor in descriptors)
+    connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else [])
 
 
 def receive(connection: socket.socket, *, descriptors: int = 0) -> tuple[dict[str, Any], list[int]]:
@@ -51,13 +53,14 @@ def receive(connection: socket.socket, *, descriptors: int = 0) -> tuple[dict[st
         EOFError: the other side closed the connection.
         Refused: it is no packet of this protocol.
     """
-    size = array.array("i").itemsize
-    space = socket.CMSG_SPACE(descriptors * size) if descriptors else 0
+    space = socket.CMSG_SPACE(descriptors * _INT_BYTES) if descriptors else 0
     data, ancillary, flags, _ = connection.recvmsg(MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
-    received = array.array("i")
+    received: list[int] = []
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            received.frombytes(content[: len(content) - len(content) % size])
+            whole = len(content) - len(content) % _INT_BYTES
+            found = (content[start : start + _INT_BYTES] for start in range(0, whole, _INT_BYTES))
+            received += [int.from_bytes(descriptor, sys.byteorder) for descriptor in found]
     try:
         if not data and not received:
             raise EOFError("the other side closed the connection")
@@ -65,7 +68,7 @@ def receive(connection: socket.socket, *, descriptors: int = 0) -> tuple[dict[st
             raise Refused("malformed", f"more than {descriptors} descriptors came with a packet")
         if flags & socket.MSG_TRUNC:
             raise Refused("malformed", f"a packet has more than {MAX_PACKET} bytes")
-        return decode(data), received.tolist()
+        return decode(data), received
     except BaseException:
         close(received)
         raise
@@ -74,7 +77,7 @@ def receive(connection: socket.socket, *, descriptors: int = 0) -> tuple[dict[st
 def decode(data: bytes) -> dict[str, Any]:
     """Return the JSON object in a packet; refuse everything else, and an object that says something twice."""
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = _decode(data)
     except (ValueError, RecursionError) as error:
         raise Refused("malformed", f"a packet is not a JSON object: {error}") from error
     if not isinstance(value, dict):
@@ -93,11 +96,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
+_decode = compact.decoder(object_pairs_hook=_object, parse_constant=_no_constant)
+
+
 def close(descriptors: Iterable[int]) -> None:
     """Close descriptors."""
     for descriptor in descriptors:
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105  (`contextlib` would be loaded before every call)
             os.close(descriptor)
+        except OSError:
+            pass
 
 
 def check_version(message: dict[str, Any]) -> None:

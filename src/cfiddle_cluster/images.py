@@ -71,7 +71,17 @@ IMAGES = {
             roles=_HEAD | _WORKER,
         ),
         Image("agent", sources=("src/agent",), roles=_WORKER),
-        Image("sandbox", parent="base", sources=("src/delegate_function", "requirements/sandbox.lock"), roles=_WORKER),
+        Image(
+            "sandbox",
+            parent="base",
+            sources=(
+                "src/agent/__init__.py",
+                "src/agent/compact.py",
+                "src/delegate_function",
+                "requirements/sandbox.lock",
+            ),
+            roles=_WORKER,
+        ),
         Image("compiler", parent="sandbox", roles=_WORKER),
         Image(
             "user",

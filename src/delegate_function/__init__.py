@@ -10,8 +10,6 @@ Names are loaded when they are first used: a process on the way of a call needs 
 
 from __future__ import annotations
 
-import importlib
-
 __version__ = "1.0.0"
 
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
@@ -129,6 +127,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from delegate_function import __version__, data, files, frames, hop, launch, remote, steps, terminal
+from delegate_function import __version__, data, files, frames, hop, processes, remote, steps, terminal
 from delegate_function.callinfo import CallInfo
 from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import (
@@ -166,7 +166,7 @@ def _travel(
         spec = {**spec, "kind": first["type"], "hops": rest, "hop": spec["hop"] + 1}
     if conversation is None:
         where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
-        conversation = Conversation(lambda: launch.start_process(first, where), where)
+        conversation = Conversation(lambda: processes.start_process(first, where), where)
     exchange = info.exchange = conversation.begin(spec, payload.chunks(), keys_fd)
     try:
         with Display(exchange, conversation, info, silent=spec["interactive"]) as display:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from delegate_function import frames, hop, launch
+from delegate_function import frames, hop
 from delegate_function.errors import (
     CallCancelled,
     CallNotSent,
@@ -22,6 +22,7 @@ from delegate_function.errors import (
     LeaseEnded,
     from_wire,
 )
+from delegate_function.processes import Job, Process
 
 _CANCELLED_S = 2.0
 _GIVE_BACK = frames.encode(frames.OVER)
@@ -128,8 +129,8 @@ class Conversation:
         hold: for a lease, what is agreed upon with the hop before the first call; it then serves several.
     """
 
-    def __init__(self, start: Callable[[], launch.Process], where: str, *, hold: dict[str, Any] | None = None) -> None:
-        self.process: launch.Process | None = None
+    def __init__(self, start: Callable[[], Process], where: str, *, hold: dict[str, Any] | None = None) -> None:
+        self.process: Process | None = None
         self.where = where
         self.greeted = threading.Event()
         self.decided = threading.Event()
@@ -171,7 +172,7 @@ class Conversation:
     @property
     def job_id(self) -> str | None:
         """The number of the first hop's job, as soon as it is known, also while the job waits."""
-        return self.process.number if isinstance(self.process, launch.Job) else None
+        return self.process.number if isinstance(self.process, Job) else None
 
     @property
     def is_over(self) -> bool:
@@ -270,7 +271,7 @@ class Conversation:
             if link.closed or link.silent:
                 raise hop.explain(process, self.where)
 
-    def _obey(self, process: launch.Process) -> bool:
+    def _obey(self, process: Process) -> bool:
         try:
             os.read(self._wake_read, 4096)
         except BlockingIOError:
@@ -287,7 +288,7 @@ class Conversation:
                 return False
         return True
 
-    def _hear(self, process: launch.Process) -> bool:
+    def _hear(self, process: Process) -> bool:
         for kind, content in process.link.receive():
             if kind == frames.HELLO and self._greet(process, frames.decode_json(content)):
                 continue
@@ -307,7 +308,7 @@ class Conversation:
                     return False
         return True
 
-    def _greet(self, process: launch.Process, greeting: dict[str, Any]) -> bool:
+    def _greet(self, process: Process, greeting: dict[str, Any]) -> bool:
         """Take a hop's greeting; return whether it says only that a lease has begun."""
         if not self.greeted.is_set() or (self._exchange and greeting.get("hop") == self._exchange.number):
             self.where = str(greeting.get("where"))

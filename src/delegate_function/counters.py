@@ -9,10 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Iterable
-from pathlib import Path
 
 # linux/perf_event.h: types and configurations of events, and the flags disabled, exclude_kernel and exclude_hv.
 _HARDWARE, _SOFTWARE = 0, 1
@@ -21,7 +19,7 @@ _FLAGS = 1 << 0 | 1 << 5 | 1 << 6
 _CLOEXEC = 8
 # perf_event_open(2) has no function in the C library; its number, by uname's name of the machine.
 _NUMBERS = {"x86_64": 298, "aarch64": 241}
-_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+_PARANOID = "/proc/sys/kernel/perf_event_paranoid"
 
 
 def unavailable(events: Iterable[str]) -> str | None:
@@ -43,7 +41,7 @@ def obstacle() -> str | None:
 
 def error(kind: int = _HARDWARE, event: int = _INSTRUCTIONS) -> int:
     """Return the number of the error with which an event of this process cannot be opened; 0 if it can."""
-    number = _NUMBERS.get(platform.machine())
+    number = _NUMBERS.get(os.uname().machine)
     if number is None:
         return errno.ENOSYS
     attributes = struct.pack("=IIQ24xQ16x", kind, 64, event, _FLAGS)  # 64: the structure's first size
@@ -65,7 +63,9 @@ def _explained(number: int) -> str:
     if number == errno.EPERM:
         return "policy: perf_event_open is not among the system calls that are allowed here"
     if number == errno.EACCES:
-        return f"kernel: perf_event_paranoid is {_PARANOID.read_text().strip()}; counters need 2 or less"
+        with open(_PARANOID) as setting:
+            found = setting.read().strip()
+        return f"kernel: perf_event_paranoid is {found}; counters need 2 or less"
     if number == errno.ENOSYS:
         return "kernel: it was built without performance events"
     if number in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):

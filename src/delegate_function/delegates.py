@@ -92,7 +92,7 @@ class BaseDelegate:
         interactive = any(step["type"] == steps.TERMINAL for step in hops)
         directory: str | None = None
         done, of = 0, steps.count(hops)
-        with contextlib.ExitStack() as stack:
+        with steps.Directories() as directories:
             while hops and hops[0]["type"] in (steps.TERMINAL, steps.HOOK, steps.DIRECTORY):
                 step = hops.pop(0)
                 if step["type"] == steps.HOOK:
@@ -101,7 +101,7 @@ class BaseDelegate:
                 elif step["type"] == steps.DIRECTORY:
                     done += 1
                     place = hop.describe(steps.DIRECTORY, done, of, os.uname().nodename)
-                    directory = stack.enter_context(steps.directory(place))
+                    directory = directories.make(place)
             if hops:
                 return caller.call(
                     hops,

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 
-from delegate_function import files, frames, hop, launch
+from delegate_function import files, frames, hop, processes, sandboxed
 from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import ConfigurationError, DelegateFunctionException, to_wire
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 KIND = "batch job"
 JOB = "job"
-_KEPT = launch.DEFAULT_OUTPUT_MB * 1024**2
-_UNKEPT = f"\n(of the output, {launch.DEFAULT_OUTPUT_MB} MB were kept)\n".encode()
+_KEPT = sandboxed.DEFAULT_OUTPUT_MB * 1024**2
+_UNKEPT = f"\n(of the output, {sandboxed.DEFAULT_OUTPUT_MB} MB were kept)\n".encode()
 
 
 def read(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
@@ -67,7 +67,7 @@ def serve(root: int, number: int) -> None:
             raise ConfigurationError(f"{number}.call does not begin as a call does")
         spec = frames.decode_json(content)
         where = hop.describe(KIND, spec["hop"], spec["of"], os.uname().nodename)
-        conversation = Conversation(lambda: launch.start_process({"type": "subprocess"}, where), where)
+        conversation = Conversation(lambda: processes.start_process({"type": "subprocess"}, where), where)
         exchange = conversation.begin(spec, (content for _, content in call), None)
         try:
             place(root, f"{number}.result", _heard(exchange), beside=f"{number}.partial.{attempt}")

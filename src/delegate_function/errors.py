@@ -5,11 +5,8 @@ Every error names the hop where it happened. Between processes an error travels 
 
 from __future__ import annotations
 
-import contextlib
-
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any, ClassVar
 
 
@@ -46,15 +43,19 @@ def _rebuild(
     return kind(message, where=where, output_tail=tail, **details)
 
 
-@contextlib.contextmanager
-def also(kind: type[Exception]) -> Iterator[None]:
+class also:
     """Make what is raised meanwhile an exception of another kind too, for who catches only such."""
-    try:
-        yield
-    except DelegateFunctionException as error:
-        own = type(error)
-        error.__class__ = type(own.__name__, (own, kind), {"__doc__": own.__doc__})
-        raise
+
+    def __init__(self, kind: type[Exception]) -> None:
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, raised: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, DelegateFunctionException):
+            own = type(error)
+            error.__class__ = type(own.__name__, (own, self._kind), {"__doc__": own.__doc__})
 
 
 class ConfigurationError(DelegateFunctionException, ValueError):

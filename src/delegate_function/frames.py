@@ -13,13 +13,12 @@ Only the standard library is used, and little of it: this is loaded before every
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
-import os
+import posix as os
 import select
-import struct
 import time
+
+from agent import compact
 
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
@@ -61,9 +60,9 @@ MAX_FRAME = 256 * 1024
 MAX_TRANSFER = 1024**3
 """Payloads and results may have this many bytes."""
 
-_HEADER = struct.Struct(">cI")
-_CREDIT = struct.Struct(">cI")
-_PROGRESS = struct.Struct(">QQ")
+_HEADER_BYTES = 5
+_CREDIT_BYTES = 5
+_PROGRESS_BYTES = 16
 _MOST_STEPS = 2**53  # whole numbers below it are exact as floating point too
 _BACKLOG = WINDOW
 _PIPE_BYTES = 1024 * 1024
@@ -75,22 +74,25 @@ class ProtocolError(Exception):
     """The other side sent what is no frame, or a frame that has no place there."""
 
 
+_decode_json = compact.decoder()
+
+
 def encode(kind: bytes, content: bytes | memoryview = b"") -> bytes:
     """Return one frame as bytes."""
     if len(content) > MAX_FRAME:
         raise ProtocolError(f"a frame of {len(content)} bytes (at most {MAX_FRAME})")
-    return b"".join((_HEADER.pack(kind, len(content)), content, b"\n"))
+    return b"".join((kind, len(content).to_bytes(4), content, b"\n"))
 
 
 def encode_json(kind: bytes, content: dict[str, Any]) -> bytes:
     """Return one frame whose content is JSON."""
-    return encode(kind, json.dumps(content, separators=(",", ":")).encode())
+    return encode(kind, compact.encode(content))
 
 
 def decode_json(content: bytes) -> dict[str, Any]:
     """Return the JSON object in a frame's content."""
     try:
-        value = json.loads(content)
+        value = _decode_json(content)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a frame that should hold JSON does not") from error
     if not isinstance(value, dict):
@@ -100,29 +102,28 @@ def decode_json(content: bytes) -> dict[str, Any]:
 
 def encode_credit(stream: bytes, count: int) -> bytes:
     """Return the frame that says: `count` bytes of `stream` were used up."""
-    return encode(CREDIT, _CREDIT.pack(stream, count))
+    return encode(CREDIT, stream + count.to_bytes(4))
 
 
 def decode_credit(content: bytes) -> tuple[bytes, int]:
     """Return stream and count of a credit."""
-    if len(content) != _CREDIT.size:
+    if len(content) != _CREDIT_BYTES:
         raise ProtocolError("a credit of the wrong length")
-    stream, count = _CREDIT.unpack(content)
-    return stream, count
+    return content[:1], int.from_bytes(content[1:])
 
 
 def encode_progress(done: int, total: int) -> bytes:
     """Return the frame that says: `done` of `total` steps are done; raise ValueError for what cannot be so."""
     if not 0 <= done <= total < _MOST_STEPS:
         raise ValueError(f"of progress, 0 ≤ done ≤ total < 2**53; this is {done} in {total}")
-    return encode(PROGRESS, _PROGRESS.pack(done, total))
+    return encode(PROGRESS, done.to_bytes(8) + total.to_bytes(8))
 
 
 def decode_progress(content: bytes) -> tuple[int, int]:
     """Return how many of how many steps are done."""
-    if len(content) != _PROGRESS.size:
+    if len(content) != _PROGRESS_BYTES:
         raise ProtocolError("a progress of the wrong length")
-    done, total = _PROGRESS.unpack(content)
+    done, total = int.from_bytes(content[:8]), int.from_bytes(content[8:])
     if not done <= total < _MOST_STEPS:
         raise ProtocolError(f"a progress of {done} in {total}")
     return done, total
@@ -149,17 +150,18 @@ class Decoder:
         buffer, start = self._buffer, 0
         self.missing = 0
         try:
-            while len(buffer) - start >= _HEADER.size:
-                kind, length = _HEADER.unpack_from(buffer, start)
+            while len(buffer) - start >= _HEADER_BYTES:
+                content_from = start + _HEADER_BYTES
+                kind, length = bytes(buffer[start : start + 1]), int.from_bytes(buffer[start + 1 : content_from])
                 if kind not in TYPES or length > MAX_FRAME:
                     raise ProtocolError(f"not a frame: {bytes(buffer[start : start + 80])!r}")
-                end = start + _HEADER.size + length
+                end = content_from + length
                 if len(buffer) <= end:
                     self.missing = end + 1 - len(buffer)
                     break
                 if buffer[end] != 0x0A:
                     raise ProtocolError("a frame without its end")
-                content = bytes(buffer[start + _HEADER.size : end])
+                content = bytes(buffer[content_from:end])
                 start = end + 1
                 yield kind, content
         finally:
@@ -209,8 +211,10 @@ class Link:
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
         for fd in (read_fd, write_fd):
-            with contextlib.suppress(OSError):  # no pipe, or the user has too many of that size
+            try:  # noqa: SIM105  (`contextlib` would be loaded before every call)
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            except OSError:  # no pipe, or the user has too many of that size
+                pass
 
     def receive(self) -> list[tuple[bytes, bytes]]:
         """Return the frames that have come, without beats; set `closed` at the end of the stream."""

@@ -4,20 +4,21 @@ It never opens the pickle. It starts the next hop (or, as the last, forks the pr
 frames both ways, turns output into frames, and says where something went wrong. When the side it serves is silent for
 too long or gone, it ends, and with it everything behind it.
 
-Run as `python3 -I -m delegate_function.hop`; until it must start something, it needs little of the standard library.
+Run as `python3 -I -m delegate_function.hop`, in a Slurm job as `slurm.srun_argv` says. Each call through Slurm waits
+for such a process. Where the next hop is a sandbox it therefore loads nothing that it can do without (a test has
+the list): of the standard library only what is written in C, as `posix` in the place of `os` and `_socket` in that of
+`socket`. What other chains need is loaded where they need it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import _signal as signal  # type: ignore[import-not-found]
+import posix as os
 import select
-import signal
 import sys
-import threading
 import time
 
-from delegate_function import __version__, frames, launch, remote, slurm, steps
+from delegate_function import __version__, frames, launch
 from delegate_function.errors import (
     AgentAway,
     CallCancelled,
@@ -35,6 +36,9 @@ from delegate_function.errors import (
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
     from typing import Any
+
+    from agent.call import Hold
+    from delegate_function import steps
 
     Received = list[tuple[bytes, bytes]]
 
@@ -71,28 +75,37 @@ class Relay:
         self._number = int(spec["hop"])
         self._early: Received = []
         self._next = self._start(spec)
-        self._call_is_next = not isinstance(self._next, launch.Process)
+        self._call_is_next = not self._next.is_process
         for fd in self._next.outputs:
             os.set_blocking(fd, False)
 
     def _start(self, spec: dict[str, Any]) -> launch.Next:
         hops = list(spec["hops"])
-        if not steps.leaves(hops):
-            if directories := steps.count(hops):
-                self._number += directories
-                self.where = describe(steps.DIRECTORY, self._number, spec["of"], os.uname().nodename)
-            return launch.Worker(spec, self.where)
+        if _leads_to_sandbox(hops):
+            # What lies where on this machine's disk is none of the sandbox's business.
+            spec = {name: value for name, value in spec.items() if name not in ("directory", "path")}
+            node = os.uname().nodename
+        else:
+            from delegate_function import remote, steps
+
+            if not steps.leaves(hops):
+                return self._fork(spec)
+            node = remote.node(hops[0])
         kind = hops[0].get("type")
         self._number += 1
-        self.where = describe(kind, self._number, spec["of"], remote.node(hops[0]))
-        following = {**spec, "hops": hops[1:], "hop": self._number, "kind": kind}
-        if kind == "sandbox":
-            # What lies where on this machine's disk is none of the sandbox's business.
-            following.pop("directory", None)
-            following.pop("path", None)
+        self.where = describe(kind, self._number, spec["of"], node)
         process = self._start_next(hops[0])
+        following = {**spec, "hops": hops[1:], "hop": self._number, "kind": kind}
         process.link.send(frames.encode_json(frames.SPEC, following))
         return process
+
+    def _fork(self, spec: dict[str, Any]) -> launch.Next:
+        from delegate_function import forked, steps
+
+        if directories := steps.count(spec["hops"]):
+            self._number += directories
+            self.where = describe(steps.DIRECTORY, self._number, spec["of"], os.uname().nodename)
+        return forked.Worker(spec, self.where)
 
     def _start_next(self, hop: dict[str, Any]) -> launch.Next:
         """Start the next hop; an agent that is just being replaced is waited for."""
@@ -202,7 +215,7 @@ class Relay:
             self._progress, self._progress_from = b"", now + _PROGRESS_S
 
     def _greet(self, greeting: dict[str, Any]) -> None:
-        if greeting.get("hop") == self._number and isinstance(self._next, launch.Process):
+        if greeting.get("hop") == self._number and self._next.is_process:
             self.where = str(greeting.get("where"))
             self._next.job_id = greeting.get("job")
 
@@ -261,6 +274,8 @@ class Relay:
         if self._explanation:
             self._fail(self._explanation[0])
         elif self._explanation is None and (self._next.link.closed or self._next.link.silent):
+            import threading
+
             self._explanation = []
             threading.Thread(target=self._explain, args=(self._explanation,), daemon=True).start()
 
@@ -318,9 +333,11 @@ class HookRelay(Relay):
 
 
 def _take_steps(
-    up: frames.Link, spec: dict[str, Any], waiting: Received, where: str, stack: contextlib.ExitStack
+    up: frames.Link, spec: dict[str, Any], waiting: Received, where: str, directories: steps.Directories
 ) -> tuple[dict[str, Any], Received] | HookRelay:
     """Take the steps before the next hop; return the call as it goes on, or the hook with which it ended."""
+    from delegate_function import steps
+
     while True:
         hops = steps.bound(spec["hops"])
         spec = {**spec, "of": spec["of"] + steps.count(hops) - steps.count(spec["hops"]), "hops": hops}
@@ -328,7 +345,7 @@ def _take_steps(
         if kind == steps.DIRECTORY:
             number = spec["hop"] + 1
             place = describe(kind, number, spec["of"], os.uname().nodename)
-            spec = {**spec, "hop": number, "directory": stack.enter_context(steps.directory(place))}
+            spec = {**spec, "hop": number, "directory": directories.make(place)}
         elif kind == steps.HOOK and (refusal := steps.hook_refused(hops[0]["name"])):
             said = f"{refusal}\n".encode()
             up.send(frames.encode(frames.ERR, said))
@@ -349,14 +366,18 @@ def _take_steps(
         spec = {**spec, "hops": hops[1:]}
 
 
-def _with_directory(spec: dict[str, Any], where: str, stack: contextlib.ExitStack) -> dict[str, Any]:
+def _with_directory(spec: dict[str, Any], where: str, directories: steps.Directories) -> dict[str, Any]:
     """Make the directory of a call that runs here and needs one of its own: it may not live to remove it itself."""
+    from os.path import isdir
+
+    from delegate_function import steps
+
     if steps.leaves(spec["hops"]):
         return spec
     files = spec["outputs"] or len(spec["parts"]) > 1
-    if not (files or steps.count(spec["hops"])) and os.path.isdir(spec.get("directory") or ""):
+    if not (files or steps.count(spec["hops"])) and isdir(spec.get("directory") or ""):
         return spec
-    return {**spec, "temporary": stack.enter_context(steps.directory(where))}
+    return {**spec, "temporary": directories.make(where)}
 
 
 def _check_version(spec: dict[str, Any], where: str) -> None:
@@ -373,8 +394,11 @@ def explain(process: launch.Next, where: str) -> DelegateFunctionException:
     """Return why a hop's process is of no more use: it ended, or it was silent."""
     if process.link.closed:
         return process.explain()
-    job_id = process.job_id if isinstance(process, launch.Process) else None
-    known = f"; {slurm.state(job_id)}" if job_id else ""
+    known = ""
+    if job_id := process.job_id:
+        from delegate_function import slurm
+
+        known = f"; {slurm.state(job_id)}"
     return ConnectionLost(f"was not heard of for {frames.SILENCE_S} s{known}", where=where, job_id=job_id)
 
 
@@ -411,6 +435,11 @@ def _start_of(up: frames.Link) -> Received:
     return []
 
 
+def _job_id() -> str | None:
+    job_id = os.environ.get(b"SLURM_JOB_ID")
+    return None if job_id is None else job_id.decode()
+
+
 def _greet(up: frames.Link, spec: dict[str, Any]) -> str:
     """Say who this is; return where."""
     where = describe(spec.get("kind"), spec["hop"], spec["of"], os.uname().nodename)
@@ -420,8 +449,8 @@ def _greet(up: frames.Link, spec: dict[str, Any]) -> str:
         "where": where,
         "node": os.uname().nodename,
         "pid": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID") if spec.get("kind") == "slurm" else None,
-        "slurm_cpus": int(os.environ.get("SLURM_CPUS_ON_NODE", 0)) if spec.get("kind") == "slurm" else None,
+        "job": _job_id() if spec.get("kind") == "slurm" else None,
+        "slurm_cpus": int(os.environ.get(b"SLURM_CPUS_ON_NODE", 0)) if spec.get("kind") == "slurm" else None,
         "cpus": len(os.sched_getaffinity(0)),
         "python": list(sys.version_info[:3]),
         "version": __version__,
@@ -435,19 +464,47 @@ def _serve_call(
     up: frames.Link, spec: dict[str, Any], waiting: Received, where: str, lease: _Lease | None = None
 ) -> bool:
     """Serve one call; return whether anybody waited for it to the end."""
-    with contextlib.ExitStack() as stack:
-        try:
-            _check_version(spec, where)
-            going_on = _take_steps(up, spec, waiting, where, stack)
-            if isinstance(going_on, HookRelay):
-                return not going_on.abandoned
-            relay = Relay(up, _with_directory(going_on[0], where, stack), where, lease)
-        except DelegateFunctionException as error:
-            up.send(frames.encode_json(frames.ERROR, to_wire(error)))
-            finish_sending(up, frames.Poller())
-            return True
+    try:
+        _check_version(spec, where)
+        if not _leads_to_sandbox(spec["hops"]):
+            return _serve_other(up, spec, waiting, where, lease)
+        relay = Relay(up, spec, where, lease)
+    except DelegateFunctionException as error:
+        _refuse(up, error)
+        return True
+    relay.run(waiting)
+    return not relay.abandoned
+
+
+def _leads_to_sandbox(hops: list[dict[str, Any]]) -> bool:
+    return bool(hops) and hops[0].get("type") == "sandbox"
+
+
+def _refuse(up: frames.Link, error: DelegateFunctionException) -> None:
+    up.send(frames.encode_json(frames.ERROR, to_wire(error)))
+    finish_sending(up, frames.Poller())
+
+
+def _serve_other(up: frames.Link, spec: dict[str, Any], waiting: Received, where: str, lease: _Lease | None) -> bool:
+    """Serve a call whose next hop is no sandbox, or that has steps to be taken before."""
+    load_site()
+    from delegate_function import steps
+
+    with steps.Directories() as directories:
+        going_on = _take_steps(up, spec, waiting, where, directories)
+        if isinstance(going_on, HookRelay):
+            return not going_on.abandoned
+        relay = Relay(up, _with_directory(going_on[0], where, directories), where, lease)
         relay.run(going_on[1])
     return not relay.abandoned
+
+
+def load_site() -> None:
+    """Find the packages that are installed here, where Python was started without (-S)."""
+    if sys.flags.no_site and "site" not in sys.modules:
+        import site
+
+        site.main()
 
 
 class _Lease:
@@ -463,13 +520,21 @@ class _Lease:
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # slurm.srun_argv has it wait until now
         self._in_sandboxes = bool(terms.get("sandbox"))
-        self._hold = launch.tell_agent_of_lease() if self._in_sandboxes else None
-        if not self._in_sandboxes:
+        self._hold: Hold | None = None
+        if self._in_sandboxes:
+            self._tell_agent()
+        else:
+            load_site()
             from delegate_function import inside  # noqa: F401  (what each call's process, forked from this one, needs)
 
     def _on_signal(self, number: int, frame: object) -> None:
         # Slurm sends it when the job's place is wanted (slurm.srun_argv asks for that); the call that runs may end.
         self._others_wait = True
+
+    def _tell_agent(self) -> None:
+        from delegate_function import sandboxed
+
+        self._hold = sandboxed.tell_agent_of_lease()
 
     @property
     def is_up(self) -> bool:
@@ -494,7 +559,7 @@ class _Lease:
     def _next(self) -> Received:
         """Wait for the next call or the end of the lease; return nothing where there is to be none."""
         if self._in_sandboxes and (self._hold is None or self._hold.lost):
-            self._hold = launch.tell_agent_of_lease()
+            self._tell_agent()
         idle_until = time.monotonic() + self._idle_s
         while not self._is_abandoned:
             if reason := self._reason(idle_until):
@@ -532,19 +597,20 @@ def serve(read_fd: int, write_fd: int) -> None:
         try:
             _check_version(spec, where)
         except DelegateFunctionException as error:
-            up.send(frames.encode_json(frames.ERROR, to_wire(error)))
-            finish_sending(up, frames.Poller())
+            _refuse(up, error)
             return
         is_wanted = _Lease(up, spec).run(received[1:])
     if not is_wanted and spec.get("kind") == "slurm":
         # Whoever started the job is gone, perhaps without a chance to take it away.
-        slurm.cancel(os.environ["SLURM_JOB_ID"])
+        from delegate_function import slurm
+
+        slurm.cancel(os.environ[b"SLURM_JOB_ID"].decode())
 
 
 def main() -> None:
     """Serve a call over standard input and output; what else writes to standard output goes to standard error."""
     read_fd, write_fd = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    nothing = os.open("/dev/null", os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)

@@ -1,13 +1,12 @@
 """The process in which a call runs: it opens the pickle, calls the method, sends the result, and ends.
 
-In a sandbox it is started as `python3 -I -m delegate_function.inside [--import MODULE…]`: it imports them, connects
-to the agent's socket, says that it is ready, and serves the one call whose descriptors it is handed. Elsewhere a hop's
-process forks and serves the call with `serve`.
+In a sandbox it is started as `python3 -I -m delegate_function.inside [--import MODULE…]`: it connects to the agent's
+socket, imports the modules if it is told to prepare itself, says that it is ready, and serves the one call whose
+descriptors it is handed. Elsewhere a hop's process forks and serves the call with `serve`.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import gc
@@ -25,13 +24,14 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from delegate_function import __version__, data, files, frames, pickling, reporting, steps
+from delegate_function import __version__, counters, data, files, frames, pickling, reporting, steps
 
 SOCKET = "/run/cfiddle/sandbox.sock"
 _TEXT_LIMIT = 10_000  # so that text and traceback fit a frame, even if JSON needs twelve bytes for each character
+_PREPARE, _READY, _CALL, _RETURNED = b"p", b"r", b"c", b"e"  # between a sandbox's first process and the call's
 _PICKLING = ("__getstate__", "__reduce__", "__reduce_ex__")
 
 
@@ -197,10 +197,18 @@ class _Part:
         os.close(self._fd)
 
 
-def serve(channel_fd: int, out_fd: int, err_fd: int, spec: dict[str, Any] | None = None) -> NoReturn:
+def serve(
+    channel_fd: int,
+    out_fd: int,
+    err_fd: int,
+    spec: dict[str, Any] | None = None,
+    on_return: Callable[[], object] = lambda: None,
+) -> NoReturn:
     """Serve one call over the channel with its output to the two descriptors, and end this process.
 
-    `spec` is the call's header where it was read already; otherwise it comes over the channel first.
+    Args:
+        spec: the call's header where it was read already; otherwise it comes over the channel first.
+        on_return: is called when all that comes of the call has been sent, and nothing is left but to end.
     """
     _take_output(out_fd, err_fd)
     channel = Channel(channel_fd)
@@ -211,6 +219,7 @@ def serve(channel_fd: int, out_fd: int, err_fd: int, spec: dict[str, Any] | None
                 raise frames.ProtocolError(f"unexpected frame {kind!r} at the start")
             spec = frames.decode_json(content)
         _Server(channel, spec).run()
+        on_return()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)
     except BaseException:
@@ -351,6 +360,8 @@ class _Server:
             elif step["type"] == steps.HOOK:
                 try:
                     if step["call"] != steps.SHELL:
+                        import base64
+
                         step["call"] = pickle.loads(base64.b64decode(step["call"]))
                     steps.run_hook(step)
                 except BaseException as error:
@@ -520,49 +531,77 @@ def main(arguments: list[str]) -> NoReturn:
     modules = [name for option, name in zip(arguments[::2], arguments[1::2], strict=False) if option == "--import"]
     if len(modules) * 2 != len(arguments):
         sys.exit("usage: python3 -I -m delegate_function.inside [--import MODULE]…")
-    from delegate_function import counters
-
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
         ours.close()
-        _prepare(modules)
-        theirs.send(json.dumps({"type": "ready", "counters": counters.error()}).encode())
-        _, descriptors, _, _ = socket.recv_fds(theirs, 1, 3)
-        if len(descriptors) != 3:
-            os._exit(1)
-        theirs.close()
-        serve(descriptors[0], descriptors[1], descriptors[2])
+        _wait_for_call(theirs, modules)
     theirs.close()
     _protect()
-    ready = ours.recv(4096)
-    if not ready:
-        _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     agent.connect(SOCKET)
-    agent.send(ready)
-    if ours in select.select([agent, ours], [], [])[0]:
-        sys.exit("the process for the call is gone")
-    message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
-    if not message:
-        os._exit(1)
-    if json.loads(message).get("type") != "call" or len(descriptors) != 3:
-        sys.exit("the agent sent no call")
-    socket.send_fds(ours, [b"c"], descriptors)
-    for fd in (ours.detach(), *descriptors):
+    _say(agent, "connected", counters=counters.error())
+    while True:
+        ready, _, _ = select.select([agent, ours], [], [])
+        if ours in ready:
+            if not ours.recv(1):
+                _, status = os.waitpid(child, 0)
+                os._exit(os.waitstatus_to_exitcode(status) & 0xFF or 1)
+            _say(agent, "ready")
+        if agent in ready:
+            message, descriptors, _, _ = socket.recv_fds(agent, 65536, 3)
+            if not message:
+                os._exit(1)
+            asked = json.loads(message).get("type")
+            if asked == "call" and len(descriptors) == 3:
+                break
+            if asked != "prepare":
+                sys.exit("the agent sent no call")
+            ours.send(_PREPARE)
+    socket.send_fds(ours, [_CALL], descriptors)
+    for fd in descriptors:
         os.close(fd)
-    _supervise(child, agent)
+    _supervise(child, ours, agent)
 
 
-def _prepare(modules: list[str]) -> None:
-    """Import what calls need."""
+def _say(agent: socket.socket, what: str, **more: Any) -> None:
+    agent.send(json.dumps({"type": what, **more}).encode())
+
+
+def _wait_for_call(first: socket.socket, modules: list[str]) -> NoReturn:
+    """Do what the first process says: prepare, as far as the call leaves time for that; and serve the call."""
+    while True:
+        asked, descriptors, _, _ = socket.recv_fds(first, 1, 3)
+        if asked == _PREPARE:
+            if _prepare(modules, until=first):
+                first.send(_READY)
+        elif asked == _CALL and len(descriptors) == 3:
+            serve(descriptors[0], descriptors[1], descriptors[2], on_return=lambda: _end_unnoticed(first))
+        else:
+            os._exit(1)
+
+
+def _prepare(modules: list[str], *, until: socket.socket) -> bool:
+    """Import what calls need; return whether that was all done, or else the call came."""
     gc.disable()  # imports make much and throw away little: to look for that took a fifth of their time
     for module in ("cloudpickle", "ctypes", *modules):
+        if select.select([until], [], [], 0)[0]:
+            break
         importlib.import_module(module)
         package_version(module.partition(".")[0])
     gc.freeze()
     gc.enable()
+    return not select.select([until], [], [], 0)[0]
+
+
+def _end_unnoticed(first: socket.socket) -> None:
+    """Say that the call has returned, and let the rest wait for others.
+
+    To take down a process that has imported cfiddle takes the kernel 15 ms. Nobody waits for that.
+    """
+    with contextlib.suppress(OSError):
+        first.send(_RETURNED)
+        os.nice(19)
 
 
 def _protect() -> None:
@@ -572,20 +611,26 @@ def _protect() -> None:
     ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
 
 
-def _supervise(child: int, agent: socket.socket) -> NoReturn:
-    """Reap processes, report the child's status to the agent, and end when it closes the connection."""
-    connection = agent.fileno()
+def _supervise(child: int, ours: socket.socket, agent: socket.socket) -> NoReturn:
+    """Reap processes, tell the agent that the call has returned and how the child ended; end when the agent says so."""
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_read, False)
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    watched = [wake_read, agent.fileno(), ours.fileno()]
     while True:
         for status in _reap(child):
-            agent.send(json.dumps({"type": "done", "status": status}).encode())
-        ready, _, _ = select.select([wake_read, connection], [], [])
-        if connection in ready:
+            _say(agent, "done", status=status)
+        ready, _, _ = select.select(watched, [], [])
+        if agent.fileno() in ready:
             os._exit(0)
+        if ours.fileno() in ready:
+            said = ours.recv(1)
+            if said == _RETURNED:
+                _say(agent, "returned")
+            if said != _READY:  # which had crossed the call
+                watched.remove(ours.fileno())
         with contextlib.suppress(BlockingIOError):
             os.read(wake_read, 4096)
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any, Self
 
-from delegate_function import __version__, frames, hop, launch, steps
+from delegate_function import __version__, frames, hop, processes, steps
 from delegate_function.conversation import Conversation
 from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
 from delegate_function.errors import ConfigurationError
@@ -86,7 +86,7 @@ class Lease(BaseDelegate):
         if self._conversation is not None:
             raise ConfigurationError("a lease is started once")
         where = hop.describe("slurm", self._spec["hop"], self._spec["of"])
-        self._conversation = Conversation(lambda: launch.start_process(self._hop, where), where, hold=self._spec)
+        self._conversation = Conversation(lambda: processes.start_process(self._hop, where), where, hold=self._spec)
 
     def wait(self) -> None:
         """Return when the job runs.

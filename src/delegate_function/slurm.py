@@ -47,6 +47,12 @@ _QUERY_S = 5.0
 _ENDING_S = 2.0
 _SUBMIT_S = 60.0
 _SETPRIV = "/usr/bin/setpriv"
+_HOP = (
+    "import posix, sys; "
+    "sys.path.append('/opt/cfiddle') if posix.access('/opt/cfiddle', posix.R_OK) else __import__('site').main(); "
+    "from delegate_function.hop import main; main()"
+)
+"""Where the package lies in the cluster's images; without what `site` does, Python starts in two thirds of the time."""
 
 
 def checked(options: dict[str, Any]) -> dict[str, str]:
@@ -79,7 +85,7 @@ def srun_argv(hop: dict[str, Any]) -> list[str]:
     if hop.get("executable"):
         argv.append(str(hop["executable"]))
     else:
-        argv += [str(hop.get("python") or "python3"), "-I", "-m", "delegate_function.hop"]
+        argv += ["python3", "-I", "-S", "-c", _HOP]
     if os.path.exists(_SETPRIV):
         # srun killed with its caller, and not left waiting in the queue: TERM makes it take its job away.
         argv = [_SETPRIV, "--pdeathsig", "TERM", *argv]

@@ -6,7 +6,6 @@ at the end by the process in which the call runs.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
@@ -14,7 +13,6 @@ from delegate_function.errors import ConfigurationError, HopFailed
 
 TYPE_CHECKING = False  # the module `typing` takes longer to load than all that a hop needs
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
 SHELL = "SHELL"
@@ -64,12 +62,21 @@ def run_hook(step: dict[str, Any]) -> None:
     if refusal:
         print(refusal, file=sys.stderr)
         return
-    with _environment(DELEGATE_FUNCTION_COMMAND=step["command"], DELEGATE_NAME=step["name"]):
+    told = {"DELEGATE_FUNCTION_COMMAND": step["command"], "DELEGATE_NAME": step["name"]}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
         if step["call"] == SHELL:
             _run_shell()
             return
         obj, method, args, kwargs = step["call"]
         getattr(obj, method)(*args, **kwargs)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _run_shell() -> None:
@@ -80,31 +87,29 @@ def _run_shell() -> None:
     subprocess.run([os.environ.get("SHELL", "/bin/bash"), *options], check=False)
 
 
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+class Directories:
+    """Directories that only this user may enter, to be removed with all that is in them when the context is left."""
 
+    def __init__(self) -> None:
+        self._paths: list[str] = []
 
-@contextlib.contextmanager
-def directory(where: str) -> Iterator[str]:
-    """Make a directory that only this user may enter, and remove it with all that is in it."""
-    import shutil
-    import tempfile
+    def __enter__(self) -> Directories:
+        return self
 
-    try:
-        path = tempfile.mkdtemp(prefix="call-")
-    except OSError as error:
-        raise HopFailed(f"a directory cannot be made: {error}", where=where) from error
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    def __exit__(self, *exception: object) -> None:
+        if self._paths:
+            import shutil
+
+            for path in self._paths:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def make(self, where: str) -> str:
+        """Make one more, for a hop that errors call `where`."""
+        import tempfile
+
+        try:
+            path = tempfile.mkdtemp(prefix="call-")
+        except OSError as error:
+            raise HopFailed(f"a directory cannot be made: {error}", where=where) from error
+        self._paths.append(path)
+        return path

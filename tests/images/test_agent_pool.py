@@ -107,6 +107,15 @@ def test_what_is_imported_is_there_before_the_call(worker: Worker) -> None:
     assert worker.python(f"print(call({text!r}))") == "[True, True, True]"
 
 
+def test_one_that_is_made_because_a_call_waits_imports_nothing_beforehand(worker: Worker) -> None:
+    worker.grant(7, f"{USER}\n")
+    for _ in range(SIZE):
+        worker.python(CONTAINER)
+    names = ("cfiddle", "numpy", "pandas", "cloudpickle")
+    text = f"import sys; result = [name for name in {names} if name in sys.modules]"
+    assert worker.python(f"print(call({text!r}))") == "['cloudpickle']", "which opens the call"
+
+
 def test_nothing_is_made_and_nothing_removed_while_a_job_is_there(worker: Worker) -> None:
     worker.grant(7, f"{USER}\n")
     worker.grant(8, f"{OTHER}\n")

@@ -33,6 +33,7 @@ class Sandbox:
         self.state = State.MADE
         self.connection, self.process = socket.socketpair()
         self.said: list[str] = []
+        self.asked: State | None = None
         self._maker = maker
 
     def start(self) -> None:
@@ -40,11 +41,18 @@ class Sandbox:
         if self._maker.problem:
             raise EngineError(500, self._maker.problem)
 
-    def wait_until_ready(self, *, timeout_s: float, wake: int) -> bool:
-        ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
-        if wake in ready:
-            return False
-        self.state = State.READY
+    def wait_until(self, wanted: State, *, timeout_s: float, wake: int) -> bool:
+        self.asked = wanted
+        if self.state is State.MADE:
+            ready, _, _ = select.select([wake, self._maker.boots], [], [], timeout_s)
+            if wake in ready:
+                return False
+            self.state = State.CONNECTED
+        if wanted is State.READY:
+            ready, _, _ = select.select([wake, self._maker.prepares], [], [], timeout_s)
+            if wake in ready:
+                return False
+            self.state = State.READY
         return True
 
     def is_well(self) -> bool:
@@ -65,7 +73,7 @@ class Sandbox:
 
 
 class Sandboxes:
-    """Makes such sandboxes; they boot as soon as `boot` was called."""
+    """Makes such sandboxes; they boot, and prepare themselves, as soon as `boot` was called."""
 
     def __init__(self) -> None:
         self.made: list[Sandbox] = []
@@ -73,9 +81,12 @@ class Sandboxes:
         self.destroyed: list[Sandbox] = []
         self.problem = ""
         self.boots, self._boot = os.pipe()
+        self.prepares, self._prepare = os.pipe()
 
-    def boot(self) -> None:
+    def boot(self, *, prepare: bool = True) -> None:
         os.write(self._boot, b"x")
+        if prepare:
+            os.write(self._prepare, b"x")
 
     def create(self, profile: Profile, limits: Limits, *, cpus: str) -> Sandbox:
         self.made_at.append(time.monotonic())
@@ -207,6 +218,34 @@ def test_whoever_waited_and_left_leaves_an_unused_one(machine: Machine) -> None:
     machine.sandboxes.boot()
     machine.wait_until_full()
     assert machine.sandboxes.destroyed == []
+
+
+def test_one_that_is_made_because_a_call_waits_prepares_nothing(machine: Machine) -> None:
+    machine.sandboxes.boot()
+    machine.wait_until_full()
+    machine.grant(7)
+    ready = [machine.take(job=7, becomes=State.SERVED) for _ in range(3)]
+    assert [sandbox.asked for sandbox in ready] == [State.READY] * 3
+    assert machine.take(job=7).asked is State.CONNECTED
+
+
+def test_a_half_made_one_that_a_call_takes_need_not_be_prepared(machine: Machine) -> None:
+    machine.sandboxes.boot(prepare=False)
+    machine.wait_for("both are connected", lambda: [s.state for s in machine.sandboxes.made] == [State.CONNECTED] * 2)
+    machine.grant(7)
+    taken = machine.take(job=7)
+    assert taken in machine.sandboxes.made[:2]
+    assert taken.asked is State.CONNECTED
+
+
+def test_one_whose_call_left_before_it_was_prepared_is_not_kept(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = machine.sandboxes.create(machine.profile, LIMITS, cpus="")
+    early.state = State.CONNECTED
+    machine.pool._keep_ready(early)  # type: ignore[arg-type]
+    machine.wait_for("it is removed", lambda: machine.sandboxes.destroyed == [early])
+    assert caplog.text == "", "it is not taken for one that has died"
 
 
 def test_a_used_one_is_removed_in_quiet_times_or_with_its_job(machine: Machine) -> None:

@@ -4,16 +4,19 @@ import ast
 import dataclasses
 import errno
 import json
+import os
 import platform
+import socket
 from pathlib import Path
 
 import pytest
 
 import agent
-from agent import seccomp, usage
+from agent import seccomp, usage, wire
+from agent.engine import Engine
 from agent.node import counters, fingerprint, numbers
 from agent.policy import Limits, Mount, Profile
-from agent.sandboxes import configuration
+from agent.sandboxes import Sandbox, SandboxError, State, configuration
 
 LIMITS = Limits(
     seconds=10,
@@ -112,6 +115,35 @@ def test_mounts_are_read_only_and_bring_nothing_along() -> None:
     assert (mount["Type"], mount["Source"], mount["Target"], mount["ReadOnly"]) == ("bind", "/srv/data", "/data", True)
     assert mount["BindOptions"] == {"NonRecursive": True, "Propagation": "rprivate"}
     assert found["HostConfig"]["Binds"] == ["/sockets/x:/run/cfiddle:ro"]
+
+
+def test_what_a_sandbox_may_say_and_when(tmp_path: Path) -> None:
+    path, kind = str(tmp_path / "socket"), (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with socket.socket(*kind) as listener, socket.socket(*kind) as process:
+        listener.bind(path)
+        listener.listen()
+        options = {"profile": PROFILE, "limits": LIMITS, "cpus": ""}
+        sandbox = Sandbox(Engine(path), tmp_path, "c", listener, **options)  # type: ignore[arg-type]
+        process.connect(path)
+        woken, nothing = os.eventfd(1), os.eventfd(0)
+        wire.send(process, {"type": "connected", "counters": 0})
+        assert sandbox.wait_until(State.CONNECTED, timeout_s=5, wake=nothing)
+        assert not sandbox.wait_until(State.READY, timeout_s=5, wake=woken)
+        assert wire.receive(process)[0] == {"type": "prepare"}
+        sandbox.hand_over([])
+        assert wire.receive(process)[0] == {"type": "call"}
+        said = [("ready", None), ("returned", 0), ("done", 3)]
+        for what, status in said:
+            wire.send(process, {"type": what, "status": 3})
+            assert sandbox.status() == status
+            assert sandbox.has_returned is (what != "ready")
+        for what in ("ready", "returned", "connected"):
+            wire.send(process, {"type": what})
+            with pytest.raises(SandboxError):
+                sandbox.status()
+        sandbox.connection.close()
+        os.close(woken)
+        os.close(nothing)
 
 
 def test_agent_loads_nothing_that_runs_what_it_is_given() -> None:

@@ -29,8 +29,8 @@ from delegate_function import (
     TestClass,
     TrivialDelegate,
     VersionMismatch,
+    forked,
     frames,
-    launch,
 )
 from delegate_function.delegates import BaseDelegate
 
@@ -452,7 +452,7 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
     delegate = SubprocessDelegate()
     delegate.invoke(Thing(), "add", 1)
     # A call comes back before its first hop has quite ended.
-    wait_until(lambda: threading.active_count() == threads, timeout_s=10, what="the first call's thread is gone")
+    wait_until(lambda: threading.active_count() <= threads, timeout_s=10, what="the first call's thread is gone")
     before = held()
     for _ in range(3):
         delegate.invoke(Thing(), "add", 1)
@@ -465,8 +465,8 @@ def test_no_descriptor_and_no_thread_is_left_after_calls() -> None:
 
 
 def test_call_is_ended_before_its_process_got_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_become_worker", lambda: time.sleep(30))
-    worker = launch.Worker({}, "here")
+    monkeypatch.setattr(forked, "_become_worker", lambda: time.sleep(30))
+    worker = forked.Worker({}, "here")
     started = time.monotonic()
     worker.discard()
     assert time.monotonic() - started < 5

@@ -38,6 +38,7 @@ from delegate_function import (
 )
 from delegate_function.delegates import BaseDelegate
 from delegate_function.frames import SILENCE_S
+from live import wait_until
 
 # The far side has no tests to import.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -52,6 +53,10 @@ STARTED = {
     "node": NODE,
     "limits": {"seconds": 9, "memory_mb": 64, "output_mb": 1},
 }
+
+
+_IN_C = {"_json", "_signal", "_socket", "fcntl", "posix", "select", "time"}
+"""What a hop may load besides: modules written in C, which some Pythons have loaded already when they start."""
 
 
 class Guest:
@@ -85,6 +90,9 @@ class Guest:
     def sleep(self) -> None:
         time.sleep(60)
 
+    def loaded(self, *names: str) -> list[str]:
+        return [name for name in names if name in sys.modules]
+
 
 class Agent:
     """A stand-in for the agent: it serves one request after another the way `behave` says."""
@@ -96,6 +104,8 @@ class Agent:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.started = threading.Event()
         self.cancelled = threading.Event()
+        self.prepares = True
+        self.said: list[dict[str, Any]] = []
         self.behave: Callable[[socket.socket, list[int]], None] = self.run
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(self.path))
@@ -130,7 +140,10 @@ class Agent:
             process = subprocess.Popen([sys.executable, "-I", "-c", program], env={"SEALED": "yes"}, cwd="/")
             self.processes.append(process)
             connection, _ = listener.accept()
-        assert json.loads(connection.recv(65536))["type"] == "ready"
+        assert json.loads(connection.recv(65536))["type"] == "connected"
+        if self.prepares:
+            connection.send(json.dumps({"type": "prepare"}).encode())
+            assert json.loads(connection.recv(65536)) == {"type": "ready"}
         return process, connection
 
     def run(self, client: socket.socket, descriptors: list[int], reason: str = "exited") -> None:
@@ -146,8 +159,11 @@ class Agent:
             gone = threading.Thread(target=self._watch, args=(client, process))
             gone.start()
             with contextlib.suppress(ConnectionResetError):  # its client left, and it was killed
-                if packet := connection.recv(65536):
-                    done = json.loads(packet)
+                while packet := connection.recv(65536):
+                    self.said.append(json.loads(packet))
+                    if self.said[-1]["type"] == "done":
+                        done = self.said[-1]
+                        break
         process.wait(10)
         ended = {"type": "ended", "reason": reason, "exit_status": done.get("status"), "detail": "", "usage": USAGE}
         if not self.cancelled.is_set():
@@ -248,6 +264,70 @@ def test_each_call_has_a_sandbox_of_its_own(chain: BaseDelegate, agent: Agent) -
     pids = {chain.invoke(Guest(), "where")[0] for _ in range(3)}
     assert len(pids) == 3
     assert len({request["id"] for request in agent.requests}) == 3
+
+
+def test_what_is_imported_beforehand_a_call_that_waits_does_not_wait_for(chain: BaseDelegate, agent: Agent) -> None:
+    assert chain.invoke(Guest(), "loaded", "decimal") == ["decimal"]
+    agent.prepares = False
+    assert chain.invoke(Guest(), "loaded", "decimal") == []
+
+
+def test_a_call_that_comes_during_the_preparation_goes_before_the_modules_that_are_left(tmp_path: Path) -> None:
+    first, last = tmp_path / "first_one.py", tmp_path / "last_one.py"
+    begun = tmp_path / "begun"
+    first.write_text(
+        f"import os, time\nopen({str(begun)!r}, 'w')\nwhile os.path.exists({str(begun)!r}): time.sleep(0.01)"
+    )
+    last.write_text("")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = [str(SRC), str(tmp_path), str(Path(cloudpickle.__file__).parents[1])]
+    program = (
+        f"import socket, sys; sys.path[:0] = {path}\n"
+        f"from delegate_function import inside\nuntil = socket.socket(fileno={theirs.fileno()})\n"
+        "done = inside._prepare(['first_one', 'last_one'], until=until)\n"
+        "print(done, [name in sys.modules for name in ('first_one', 'last_one')])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", program], pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True
+    )
+    wait_until(begun.exists, timeout_s=10, what="the first module is being imported")
+    ours.send(b"c")
+    begun.unlink()
+    assert process.communicate(timeout=10)[0] == "False [True, False]\n"
+
+
+def test_that_a_call_has_returned_is_said_before_its_process_has_ended(chain: BaseDelegate, agent: Agent) -> None:
+    chain.invoke(Guest(), "loaded")
+    wait_until(lambda: len(agent.said) == 2, timeout_s=5, what="both were said")
+    assert agent.said == [{"type": "returned"}, {"type": "done", "status": 0}]
+    with pytest.raises(ProcessDied):
+        chain.invoke(Guest(), "die", signal.SIGKILL)
+    assert agent.said[2:] == [{"type": "done", "status": -signal.SIGKILL}]
+
+
+def test_a_hop_before_a_sandbox_loads_nothing_that_it_can_do_without(agent: Agent, tmp_path: Path) -> None:
+    step, told = tmp_path / "step", tmp_path / "told"
+    step.write_text(
+        f"#!{sys.executable} -IS\nimport sys; before = set(sys.modules); sys.path.append({str(SRC)!r})\n"
+        "import agent.call, delegate_function.hop as hop\n"
+        f"agent.call.Call.__init__.__kwdefaults__['socket_path'] = {str(agent.path)!r}\n"
+        "serve = hop.serve\n"
+        "def watched(*descriptors):\n"
+        "    serve(*descriptors)\n"
+        f"    with open({str(told)!r}, 'w') as file: print(*sorted(set(sys.modules) - before), file=file)\n"
+        "hop.serve = watched\nhop.main()\n"
+    )
+    step.chmod(0o755)
+    program = (
+        "import os; os.environ['SLURM_JOB_ID'] = '42'\n"
+        "from delegate_function import SandboxDelegate, SubprocessDelegate\n"
+        f"SubprocessDelegate(SandboxDelegate(), delegate_executable_path={str(step)!r}).invoke(dict(), '__len__')"
+    )
+    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(SRC)}, check=True, timeout=30)
+    own = {f"delegate_function.{name}" for name in ("hop", "frames", "launch", "errors", "sandboxed")}
+    agents = {f"agent.{name}" for name in ("call", "wire", "compact")}
+    loaded = set(wait_until(told.exists, timeout_s=5, what="the hop has ended") and told.read_text().split())
+    assert loaded == {"__future__", "delegate_function", "agent", *own, *agents, *loaded & _IN_C}
 
 
 def test_a_crash_is_told_with_what_the_agent_knows(chain: BaseDelegate) -> None:

@@ -20,7 +20,7 @@ TWICE = 2.2
 """Two copies, and what else a process needs meanwhile."""
 
 HOP = f"""#!{sys.executable} -I
-import os, sys
+import os, posix, sys
 sys.path[:0] = [{str(SRC)!r}]
 leave, hop = os._exit, os.getpid()
 def noted(status):
@@ -29,7 +29,7 @@ def noted(status):
         open(__file__ + ".new", "w").write(peak.split()[1])
         os.rename(__file__ + ".new", __file__ + ".peak")
     leave(status)
-os._exit = noted
+os._exit = posix._exit = noted
 from delegate_function.hop import main
 main()
 """

@@ -137,7 +137,8 @@ def test_files_go_to_it_and_come_back(around: BaseDelegate, tmp_path: Path) -> N
 
 
 def test_only_its_user_may_enter_it() -> None:
-    with steps.directory("here") as path:
+    with steps.Directories() as directories:
+        path = directories.make("here")
         assert os.stat(path).st_mode & 0o777 == 0o700
 
 
