@@ -33,7 +33,7 @@ _INSIDE = "/run/cfiddle"
 _SOCKET = "sandbox.sock"
 _LOOK_S = 0.5
 _DEATH_S = 5.0
-_FAREWELL_S = 1.0
+_FAREWELL_S = 0.1
 _CREATE_S = 5.0
 
 log = logging.getLogger("agent")

@@ -28,7 +28,6 @@ from agent.usage import Reading
 
 _REQUEST_S = 5.0
 _LOOK_S = 0.5
-_CLEARED_S = 0.1
 _CONNECTIONS_PER_USER = 64
 
 log = logging.getLogger("agent")
@@ -176,7 +175,7 @@ class Server:
     ) -> None:
         limits = sandbox.limits
         with self._changed:  # what another call leaves to the kernel to clear away shall not disturb this one
-            self._changed.wait_for(lambda: not self._ending, _CLEARED_S)
+            self._changed.wait_for(lambda: not self._ending, _REQUEST_S)
         before = sandbox.cgroup.read()
         sandbox.hand_over(descriptors)
         began = time.monotonic()
