@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from live import Background, LiveCluster, docker, job_name, wait_until
+from live import LiveCluster, docker, job_name, wait_until
 from load import Load, each_has_one_record
 
 CALL = """
@@ -61,7 +61,9 @@ class Caller:
         if self._step == "waits":
             assert self.state() == "PENDING"
             return
-        self._cluster.slurm(f"squeue -h -t PENDING -n {self._name} -o %i | xargs -ri scontrol update job={{}} priority=1000000")
+        self._cluster.slurm(
+            f"squeue -h -t PENDING -n {self._name} -o %i | xargs -ri scontrol update job={{}} priority=1000000"
+        )
         self.program.wait_for_line(f"^{self._step}")
 
     def is_ended_by(self, number: signal.Signals) -> None:

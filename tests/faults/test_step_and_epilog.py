@@ -1,4 +1,4 @@
-"""What grants a job on a worker, or ends it there, fails or hangs: the worker takes no further job, and the others go on."""
+"""What grants a job on a worker, or ends it there, fails or hangs: it takes no further job, and the others go on."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -81,7 +81,8 @@ def test_worker_takes_no_further_job_and_others_go_on(
     cluster: LiveCluster, fault: Callable[[LiveCluster, str], AbstractContextManager[None]], reason: str, lost: int
 ) -> None:
     worker = cluster.workers[0]
-    with Victim(cluster, worker, VICTIM) as victim, Load(cluster, users=OTHERS, chains=3, leases=0, executors=0) as load:
+    kinds = {"chains": 3, "leases": 0, "executors": 0}
+    with Victim(cluster, worker, VICTIM) as victim, Load(cluster, users=OTHERS, **kinds) as load:
         with fault(cluster, worker):
             victim.program.kill()
             drained = f"drained {reason}"
