@@ -217,7 +217,7 @@ class Load:
 
 
 def each_has_one_record(cluster: LiveCluster, jobs: range, since: float) -> None:
-    """Prove that each of these jobs, none older than that, has one accounting record, and that it is final."""
+    """Prove that each of these jobs, none of which is older than `since`, has one accounting record, a final one."""
     # One that is asked for by its number would be found by its time alone.
     start = datetime.fromtimestamp(since - 1).strftime("%Y-%m-%dT%H:%M:%S")
 

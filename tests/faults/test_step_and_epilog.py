@@ -81,8 +81,8 @@ def test_worker_takes_no_further_job_and_others_go_on(
     cluster: LiveCluster, fault: Callable[[LiveCluster, str], AbstractContextManager[None]], reason: str, lost: int
 ) -> None:
     worker = cluster.workers[0]
-    load_of_others = Load(cluster, users=OTHERS, chains=3, leases=0, executors=0)
-    with Victim(cluster, worker, VICTIM) as victim, load_of_others as load:
+    kinds = {"chains": 3, "leases": 0, "executors": 0}
+    with Victim(cluster, worker, VICTIM) as victim, Load(cluster, users=OTHERS, **kinds) as load:
         with fault(cluster, worker):
             victim.program.kill()
             drained = f"drained {reason}"
