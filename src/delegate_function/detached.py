@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 
-from delegate_function import files, frames, hop, processes, sandboxed
+from delegate_function import files, frames, hop, launch, processes
 from delegate_function.conversation import Conversation, Exchange
 from delegate_function.errors import ConfigurationError, DelegateFunctionException, to_wire
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 KIND = "batch job"
 JOB = "job"
-_KEPT = sandboxed.DEFAULT_OUTPUT_MB * 1024**2
-_UNKEPT = f"\n(of the output, {sandboxed.DEFAULT_OUTPUT_MB} MB were kept)\n".encode()
+_KEPT = launch.DEFAULT_OUTPUT_MB * 1024**2
+_UNKEPT = f"\n(of the output, {launch.DEFAULT_OUTPUT_MB} MB were kept)\n".encode()
 
 
 def read(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:

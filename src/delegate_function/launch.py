@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PROCESSES = ("subprocess", "sudo", "ssh", "docker", "slurm")
 """The kinds of hops that are processes behind a command."""
+DEFAULT_OUTPUT_MB = 16
+"""What a sandboxed call may write to standard output and standard error together, where the policy says nothing."""
 
 
 class Next:

@@ -19,7 +19,7 @@ from delegate_function.errors import (
     ProcessDied,
     SandboxRefused,
 )
-from delegate_function.launch import Next
+from delegate_function.launch import DEFAULT_OUTPUT_MB, Next
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ _LIMITS = {
     "processes": ("processes", "processes"),
     "output": ("output_mb", "MB"),
 }
-DEFAULT_OUTPUT_MB = 16
-"""What a sandboxed call may write to standard output and standard error together, where the policy says nothing."""
 
 
 def tell_agent_of_lease() -> agent.Hold | None:

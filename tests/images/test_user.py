@@ -142,6 +142,11 @@ def test_jupyterlab_is_jovyan_s_with_nothing_of_root(host: UserHost) -> None:
     assert status["Umask"] == "0077"
 
 
+def test_all_of_delegate_function_can_be_imported(host: UserHost) -> None:
+    done = host.user("python3 -c 'from delegate_function import *; print(Executor, SandboxDelegate)'")
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_init_and_what_waits_is_root(host: UserHost) -> None:
     processes = [line.split(None, 1) for line in host.root("ps -eo user=,args=").stdout.splitlines()]
     roots = {arguments for user, arguments in processes if user == "root"}
