@@ -402,6 +402,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except ProofError as error:
-        sys.exit(f"error: {error}")
+        first = error.__context__  # what could not be applied may not be undone either
+        sys.exit("\n".join(f"error: {each}" for each in (first, error) if isinstance(each, ProofError)))
     except KeyboardInterrupt:
         sys.exit("interrupted; what was weakened is mended")

@@ -18,13 +18,15 @@ from cfiddle_cluster import userhost
 from live import LiveCluster, docker
 
 EVIL = "http://evil.example"
+FILE = "test_slurm.sh"
+"""Lies in the home directory of whom JupyterLab belongs to, and is not hidden."""
 PRIVATE = [
     "/api/contents",
     "/api/kernels",
     "/api/sessions",
     "/api/terminals",
     "/api/kernelspecs",
-    "/files/.bashrc",
+    f"/files/{FILE}",
     "/api/me",
 ]
 
@@ -105,7 +107,7 @@ def test_without_the_token_nothing_is_told(visitor: Visitor, path: str, how: str
         visitor.cookies = {name: "2|1:0|10:1700000000|8:username|4:eyJ9|00"}
     status, _, text = visitor.ask("GET", path + query, **headers)
     assert status in (302, 401, 403), text[:300]
-    assert "bashrc" not in text.replace(path, "").replace("%2Ffiles%2F.bashrc", "")
+    assert FILE not in text.replace(path, "").replace(f"%2Ffiles%2F{FILE}", "")
 
 
 @pytest.mark.parametrize("path", ["/api/terminals", "/api/kernels", "/api/sessions"])

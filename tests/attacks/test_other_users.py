@@ -113,8 +113,11 @@ def test_processes_of_another_user_tell_nothing(cluster: LiveCluster) -> None:
 def test_job_beside_another_user_s_sandbox_is_never_placed(cluster: LiveCluster) -> None:
     caller = cluster.background(["python3", "-c", CALL], VICTIM)
     caller.wait_for_line("begun")
-    node = cluster.slurm("squeue -h -u test_user1 -o %N").strip()
+    call, node = cluster.slurm("squeue -h -u test_user1 -o '%i %N'").split()
     job = cluster.sbatch("true", THIEF, "-p", "shared", "-c1", "--mem=16", "-w", node)
-    assert f"{job} PENDING" in cluster.queue()
     assert caller.wait().exit_status == 0
     cluster.wait_for_state(job, "COMPLETED")
+    times = cluster.slurm(f"SLURM_TIME_FORMAT=%s sacct -X -n -P -j {call},{job} -o JobID,Start,End").split()
+    seconds = {int(fields[0]): tuple(map(int, fields[1:])) for fields in (line.split("|") for line in times)}
+    (_, call_ended), (job_began, _) = seconds[int(call)], seconds[job]
+    assert job_began >= call_ended, "the job began before the call had ended"

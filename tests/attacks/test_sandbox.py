@@ -30,7 +30,7 @@ def test_abuse_is_contained_and_the_next_job_starts_in_normal_time(cluster: Live
 
 def test_deaf_call_of_a_cancelled_job_is_gone_within_two_seconds(cluster: LiveCluster) -> None:
     running = cluster.background(
-        ["python3", "-c", program(_DEAF_FOR_LONG, through_slurm=True, seconds=120)], "test_user1"
+        ["python3", "-c", program(_DEAF_FOR_LONG, through_slurm=True, seconds=60)], "test_user1"
     )
     try:
         found = wait_until(cluster.sandboxes, timeout_s=30, what="a sandbox is there")
