@@ -1,5 +1,7 @@
 """Make sandboxes and destroy them, as fast as this worker can: what the rate of calls is compared with.
 
+Each is destroyed as soon as it could take a call.
+
 Run in the agent's container, whose own code it uses. Prints how many seconds the given number took, in so many threads
 as the worker has CPUs.
 usage: python3 - COUNT
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from agent.engine import Engine
 from agent.policy import load
-from agent.sandboxes import Sandboxes
+from agent.sandboxes import Sandboxes, State
 
 
 def main():
@@ -26,8 +28,8 @@ def main():
         sandbox = sandboxes.create(profile, profile.limits, cpus="")
         try:
             sandbox.start()
-            if not sandbox.wait_until_ready(timeout_s=60, wake=never):
-                raise SystemExit("a sandbox is not ready after 60 s")
+            if not sandbox.wait_until(State.CONNECTED, timeout_s=60, wake=never):
+                raise SystemExit("a sandbox cannot take a call after 60 s")
         finally:
             sandboxes.destroy(sandbox)
 
