@@ -1,10 +1,10 @@
 """Make sandboxes and destroy them, as fast as this worker can: what the rate of calls is compared with.
 
-Each is destroyed as soon as it could take a call.
+Each is destroyed as soon as it could take a call (connected), or has imported what its profile says, too (ready).
 
 Run in the agent's container, whose own code it uses. Prints how many seconds the given number took, in so many threads
 as the worker has CPUs.
-usage: python3 - COUNT
+usage: python3 - COUNT connected|ready
 """
 
 import os
@@ -22,14 +22,14 @@ def main():
     """Do so."""
     profile = load(Path("/etc/cfiddle/policy.yaml"), sandbox_image=os.environ["SANDBOX_IMAGE"]).profiles["default"]
     sandboxes = Sandboxes(Engine("/var/run/docker.sock"), Path("/run/cfiddle-sandboxes"), cgroups=Path("/run/cgroup"))
-    never = os.eventfd(0)
+    never, wanted = os.eventfd(0), State(sys.argv[2])
 
     def make_and_destroy(_):
         sandbox = sandboxes.create(profile, profile.limits, cpus="")
         try:
             sandbox.start()
-            if not sandbox.wait_until(State.CONNECTED, timeout_s=60, wake=never):
-                raise SystemExit("a sandbox cannot take a call after 60 s")
+            if not sandbox.wait_until(wanted, timeout_s=60, wake=never):
+                raise SystemExit(f"a sandbox is not {wanted.value} after 60 s")
         finally:
             sandboxes.destroy(sandbox)
 

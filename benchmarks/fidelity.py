@@ -1,7 +1,8 @@
 """Compare what a program measures in a sandbox with what it measures on the bare worker, on the same core, by turns.
 
-A kernel bound by the core and one bound by memory, each in a fresh process: bare, in a sandbox, bare again. The second
-bare run shows how far two runs of the same thing lie apart here: the machine's own noise.
+A kernel bound by the core and one bound by memory, each in a fresh process: bare, in a sandbox, bare again, in an order
+drawn anew for each round. The second bare run shows how far two runs of the same thing lie apart here, which is the
+machine's own noise.
 usage: ./invoke benchmark fidelity, or .venv/bin/python benchmarks/fidelity.py [--rounds N]
 """
 
@@ -24,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 RESAMPLES = 2000
 WITHIN = 0.005
 SPREAD = 1.1
-REST_S = 0.3
+REST_S = 1.0
 """Between runs: what follows a call (its sandbox is removed, another one made) is over then."""
 
 Interval = tuple[float, float]
@@ -115,13 +116,13 @@ def measure(rounds: int) -> list[Compared]:
     program = compiled()
     core = int(docker("exec", f"{MACHINE}{worker}", "nproc")) - 1
     bare, user = BareWorker(worker, program), User()
-    found = []
+    found, chance = [], random.Random(1)
     try:
         user("hold_for_kernel", worker, base64.b64encode(program).decode())
         for kernel in ("cpu", "memory"):
             times: dict[str, list[float]] = {"bare": [], "sandbox": [], "again": []}
             for _ in range(rounds):
-                for place in times:
+                for place in chance.sample([*times], k=len(times)):
                     time.sleep(REST_S)
                     run = bare if place != "sandbox" else lambda *asked: float(user("kernel", *asked))
                     times[place].append(run(kernel, core))

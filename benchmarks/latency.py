@@ -184,7 +184,8 @@ def _engines_rate(bench: Bench) -> float:
     text = (HERE / "agent_side.py").read_text()
     running = []
     for worker in bench.workers:
-        argv = ["exec", f"{MACHINE}{worker}", "docker", "exec", bench.agent(worker), "python3", "-c", text, str(count)]
+        inner = ["docker", "exec", bench.agent(worker), "python3", "-c", text, str(count), "connected"]
+        argv = ["exec", f"{MACHINE}{worker}", *inner]
         running.append(subprocess.Popen([str(docker_cli()), *argv], stdout=subprocess.PIPE, text=True))
     seconds = [float(process.communicate(timeout=300)[0]) for process in running]
     return count * len(running) / max(seconds)
@@ -197,7 +198,7 @@ def cost_of_one(bench: Bench) -> Iterator[Measured]:
     samples: Samples = {"sandbox": [], "docker run": []}
     for _ in range(bench.rounds):
         before = _cpu_seconds(bench.worker)
-        bench.engine("exec", agent, "python3", "-c", text, str(MADE), timeout_s=120)
+        bench.engine("exec", agent, "python3", "-c", text, str(MADE), "ready", timeout_s=120)
         samples["sandbox"].append((_cpu_seconds(bench.worker) - before) / MADE)
         before = _cpu_seconds(bench.worker)
         for _ in range(MADE):

@@ -362,7 +362,7 @@ class SlurmDelegate(BaseDelegate):
 
     Args:
         temporary_file_root: for compatibility; nothing is written to files on the way.
-        delegate_executable_path: the program to start there, in the place of `python3 -I -m delegate_function.hop`.
+        delegate_executable_path: the program to start there, in the place of a Python that serves the hop (`hop.py`).
         options: partition, time (minutes, or as Slurm writes it), account, qos, reservation, constraint, nodelist,
             exclude, cpus, memory_mb, job_name; each as srun's option of that meaning.
     """
