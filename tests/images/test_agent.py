@@ -389,6 +389,32 @@ if os.fork() == 0:
     assert time.monotonic() - began < 5
 
 
+def test_a_call_that_says_it_has_returned_and_goes_on_is_ended_at_once(worker: Worker) -> None:
+    forge = """
+import os, socket
+for fd in range(3, 64):
+    try:
+        found = socket.socket(fileno=os.dup(fd))
+        if found.type == socket.SOCK_SEQPACKET:
+            found.send(b"e")
+    except OSError:
+        pass
+while True:
+    pass
+"""
+    program = f"""
+began = time.monotonic()
+try:
+    call({forge!r})
+except ProcessDied as error:
+    print("without a result" in str(error), time.monotonic() - began < 5)
+"""
+    assert worker.python(program) == "True True"
+    told = time.monotonic()
+    worker.wait_until_none_runs()
+    assert time.monotonic() - told < 3
+
+
 def test_a_process_that_is_never_ready_is_an_error_that_says_so(worker: Worker) -> None:
     answer = worker.python("print(refusal(profile='no-answer'))")
     assert "'sandbox'" in answer
