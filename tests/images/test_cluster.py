@@ -1,5 +1,6 @@
 """Slurm's daemons in containers on a network of their own, without a swarm: what each does, and what it survives."""
 
+import contextlib
 import re
 import secrets
 import subprocess
@@ -139,6 +140,9 @@ def test_of_equal_users_who_submits_many_jobs_stands_behind_who_submits_one(slur
     assert first + 4 <= nice(ada) <= first + 5
     assert nice(ben) == 0
     assert nice(ben, "--nice=300") == 301, "what a user wants is added to"
+    with contextlib.suppress(CommandError):
+        nice(ben, "--array=999-0")
+    assert nice(ben) > 0, "what is no array makes nobody's jobs fewer"
 
 
 def test_job_can_gain_no_rights_and_write_nowhere_but_where_the_epilog_cleans(slurm: Slurm) -> None:

@@ -12,14 +12,15 @@ local NICE_OFFSET = 0x80000000 -- slurm.h
 local submitted = {}
 local counted_at = {}
 
--- How many tasks "0-9:3,17%2" has; one for a job that is no array.
+-- How many tasks "0-9:3,17%2" has; one for a job that is no array. Nobody has looked yet at what the user wrote: what is no
+-- range must not make it fewer.
 local function tasks(array)
     local count = 0
     for part in (array or "0"):gsub("%%.*", ""):gmatch("[^,]+") do
         local first, last, step = part:match("^(%d+)-(%d+):?(%d*)$")
         count = count + (first and math.floor((last - first) / math.max(tonumber(step) or 1, 1)) + 1 or 1)
     end
-    return count
+    return math.max(count, 1)
 end
 
 function slurm_job_submit(job_desc, _, uid)
