@@ -1,8 +1,9 @@
 // A plugin for slurmstepd (slurm-spank-plugins(8)), which asks it as root before a step starts. It does two things.
 //
-// It grants the job to its user: a file by which the agent knows that this user holds this job on this machine. A Prolog would
-// do the same for the first step of a job, and took 14 of the 40 ms that `srun true` takes: Slurm starts it in another process
-// and then rests for 10 ms, to kill what it may have left. The epilog takes the grant away.
+// It grants the job to its user: a file by which the agent knows that this user holds this job on this machine, and how many
+// CPUs and megabytes the job has. A Prolog would do the same for the first step of a job, and took 14 of the 40 ms that
+// `srun true` takes: Slurm starts it in another process and then rests for 10 ms, to kill what it may have left. The epilog
+// takes the grant away.
 //
 // And it makes slurmstepd adopt the processes that lose their parent. proctrack/linuxproc goes by who is whose child, so a
 // process that forked twice was out of its sight: it outlived its step, which waited for as long as it held its output open.
@@ -19,14 +20,14 @@ SPANK_PLUGIN(cfiddle_step, 1)
 #define NODE_HEALTH "/usr/local/lib/cfiddle/node-health"
 #define FAILED -1 // the one that keeps a step from starting: ESPANK_ERROR is above 0 and does not
 
-static int write_grant(unsigned job, unsigned user) {
+static int write_grant(unsigned job, unsigned user, unsigned cpus, unsigned long memory_mb) {
     char path[64], aside[64];
     snprintf(path, sizeof path, GRANTS "/%u", job);
     snprintf(aside, sizeof aside, GRANTS "/.%u", job);
     if (access(path, F_OK) == 0) return 0; // an earlier step of the job was here
     int file = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (file < 0) return -1;
-    int written = dprintf(file, "%u\n", user);
+    int written = dprintf(file, "%u * %u %lu\n", user, cpus, memory_mb);
     if (close(file) == 0 && written > 0 && rename(aside, path) == 0) return 0;
     unlink(aside);
     return -1;
@@ -45,13 +46,16 @@ static void drain_node(void) {
 int slurm_spank_init(spank_t spank, int count, char **arguments) {
     uint32_t job;
     uid_t user;
+    uint16_t cpus;
+    uint64_t memory_mb;
     (void)count, (void)arguments;
     if (spank_remote(spank) != 1) return ESPANK_SUCCESS; // srun or sbatch, not slurmstepd
     if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)) return FAILED;
     if (spank_get_item(spank, S_JOB_ID, &job) || spank_get_item(spank, S_JOB_UID, &user)) return FAILED;
+    if (spank_get_item(spank, S_JOB_NCPUS, &cpus) || spank_get_item(spank, S_JOB_ALLOC_MEM, &memory_mb)) return FAILED;
     // Not while an epilog of the user's is at work: it would take this job for what an earlier one left.
     int lock = lock_user(user);
-    int failed = lock < 0 || write_grant(job, user);
+    int failed = lock < 0 || write_grant(job, user, cpus, memory_mb);
     if (failed) slurm_error("the grant for job %u of user %u cannot be written: %m", job, user);
     if (lock >= 0) close(lock);
     if (failed) drain_node();

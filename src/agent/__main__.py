@@ -13,6 +13,14 @@ from typing import Any, NoReturn
 
 from agent import wire
 
+TYPE_CHECKING = False  # what only the agent itself needs is not loaded for a question to it
+if TYPE_CHECKING:
+    from agent.container_policy import ContainerPolicy
+    from agent.containers import Containers
+    from agent.engine import Engine
+    from agent.grants import Grants
+    from agent.quiet import Quiet
+
 log = logging.getLogger("agent")
 
 
@@ -26,6 +34,7 @@ def main() -> None:
     parser.add_argument("--grants", type=Path, default=Path("/run/cfiddle-grants"))
     parser.add_argument("--sandboxes", type=Path, default=Path("/run/cfiddle-sandboxes"), help="for their sockets")
     parser.add_argument("--cgroups", type=Path, default=Path("/run/cgroup"), help="the machine's cgroup tree")
+    parser.add_argument("--homes", type=Path, default=Path("/home"), help="the users' home directories")
     parser.add_argument("--engine", default="/var/run/docker.sock")
     options = parser.parse_args()
     if options.check:
@@ -68,7 +77,8 @@ def serve(options: argparse.Namespace) -> NoReturn:
     """Sweep what an earlier agent left, then serve until a signal; leave no sandbox behind."""
     from agent.engine import Engine, EngineError
     from agent.grants import Grants
-    from agent.policy import COMPILER, SANDBOX, PolicyError, load
+    from agent.policy import COMPILER, SANDBOX, TASK, PolicyError, load
+    from agent.quiet import Quiet
     from agent.sandboxes import Sandboxes
     from agent.server import Server
 
@@ -76,18 +86,20 @@ def serve(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        policy = load(
-            options.policy,
-            sandbox_image=os.environ.get("SANDBOX_IMAGE", SANDBOX),
-            compiler_image=os.environ.get("COMPILER_IMAGE", COMPILER),
-        )
+        own = {SANDBOX: "SANDBOX_IMAGE", COMPILER: "COMPILER_IMAGE", TASK: "TASK_IMAGE"}
+        policy = load(options.policy, images={name: os.environ.get(variable, name) for name, variable in own.items()})
+        engine, grants = Engine(options.engine), Grants(options.grants)
+        quiet = Quiet(grants)
         options.sandboxes.mkdir(mode=0o700, parents=True, exist_ok=True)
         options.sandboxes.chmod(0o700)
-        sandboxes = Sandboxes(Engine(options.engine), options.sandboxes, cgroups=options.cgroups)
+        sandboxes = Sandboxes(engine, options.sandboxes, cgroups=options.cgroups)
         swept = sandboxes.sweep()
         for profile in policy.profiles.values():
             sandboxes.check_image(profile)
-        server = Server(options.socket, policy=policy, grants=Grants(options.grants), sandboxes=sandboxes)
+        containers = open_containers(engine, policy.containers, grants, quiet, options.homes)
+        server = Server(
+            options.socket, policy=policy, grants=grants, quiet=quiet, sandboxes=sandboxes, containers=containers
+        )
     except (PolicyError, EngineError, OSError) as error:
         sys.exit(f"error: {error}")
     log.info("serving profiles %s; %d sandboxes of before removed", ", ".join(sorted(policy.profiles)), swept)
@@ -97,6 +109,29 @@ def serve(options: argparse.Namespace) -> NoReturn:
         server.close()
         logging.shutdown()
         os._exit(0)
+
+
+def open_containers(
+    engine: Engine, policy: ContainerPolicy | None, grants: Grants, quiet: Quiet, homes: Path
+) -> Containers | None:
+    """Keep users' containers and open the door to the network, if the policy has any."""
+    from agent import own, user_network
+    from agent.containers import Containers
+    from agent.door import Door
+
+    if policy is None:
+        return None
+    containers = Containers(
+        engine,
+        policy,
+        grants=grants,
+        quiet=quiet,
+        homes=homes,
+        homes_on_machine=own.place_on_machine(engine, homes),
+        network=user_network.ensure(engine, image=own.image(engine)),
+    )
+    Door(containers, address=own.address()).open()
+    return containers
 
 
 if __name__ == "__main__":

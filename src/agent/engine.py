@@ -1,13 +1,18 @@
-"""The worker's engine, over its Unix socket: the few requests that sandboxes need."""
+"""The worker's engine, over its Unix socket: the few requests that sandboxes and users' containers need."""
 
+from __future__ import annotations
+
+import base64
 import http.client
 import json
 import socket
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
 SOCKET = "/var/run/docker.sock"
 _TIMEOUT_S = 60.0
+_LONG_S = 1800.0
 
 
 class EngineError(Exception):
@@ -19,8 +24,8 @@ class EngineError(Exception):
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT_S)
+    def __init__(self, path: str, timeout_s: float | None = _TIMEOUT_S) -> None:
+        super().__init__("localhost", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
@@ -64,6 +69,20 @@ class Engine:
         """Wait for a container's end and return its first process's status."""
         return int(self._request("POST", f"/containers/{container}/wait")["StatusCode"])
 
+    def ending(self, container: str) -> Ending:
+        """Return something that tells of the end of a container that runs."""
+        connection = _Connection(self._path, timeout_s=None)
+        try:
+            connection.request("POST", f"/containers/{container}/wait?condition=not-running")
+        except OSError as error:
+            connection.close()
+            raise EngineError(0, f"the engine does not answer: {error}") from error
+        return Ending(connection)
+
+    def stop(self, container: str, *, grace_s: int) -> None:
+        """Tell a container's first process to end, and kill all of it after some seconds; wait for that."""
+        self._request("POST", f"/containers/{container}/stop?t={grace_s}", accept=(304, 404))
+
     def kill(self, container: str) -> None:
         """Kill all processes of a container; one that does not run is as it should be."""
         self._request("POST", f"/containers/{container}/kill", accept=(404, 409))
@@ -74,26 +93,172 @@ class Engine:
 
     def containers(self, label: str) -> list[str]:
         """Return the ids of all containers with a label, running or not."""
-        filters = json.dumps({"label": [label]})
-        found = self._request("GET", f"/containers/json?{urlencode({'all': 1, 'filters': filters})}")
-        return [str(container["Id"]) for container in found]
+        return [str(container["Id"]) for container in self.listed(label)]
+
+    def listed(self, *labels: str, sizes: bool = False) -> list[dict[str, Any]]:
+        """Return what is known of all containers with these labels, running or not, the newest first.
+
+        Args:
+            sizes: whether the bytes are counted that each has written, as `SizeRw`.
+        """
+        query = urlencode({"all": 1, "size": int(sizes), "filters": json.dumps({"label": labels})})
+        return list(self._request("GET", f"/containers/json?{query}"))
+
+    def exec(self, container: str, configuration: dict[str, Any]) -> Exec:
+        """Run a command in a container that runs."""
+        identifier = str(self._request("POST", f"/containers/{container}/exec", configuration)["Id"])
+        terminal = bool(configuration.get("Tty"))
+        connection = _Connection(self._path, timeout_s=_TIMEOUT_S)
+        try:
+            headers = {"Content-Type": "application/json", "Connection": "Upgrade", "Upgrade": "tcp"}
+            body = json.dumps({"Detach": False, "Tty": terminal})
+            connection.request("POST", f"/exec/{identifier}/start", body, headers)
+            response = http.client.HTTPResponse(connection.sock, method="POST")
+            response.begin()
+            if response.status not in (101, 200):
+                raise EngineError(response.status, _message(response.read()))
+            connection.sock.settimeout(None)
+            return Exec(self, identifier, connection.sock, response)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise EngineError(0, f"the engine does not answer: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def exec_status(self, identifier: str) -> int | None:
+        """Return the exit status of a command that was run; None while it runs."""
+        status = self._request("GET", f"/exec/{identifier}/json")["ExitCode"]
+        return None if status is None else int(status)
+
+    def exec_resize(self, identifier: str, *, rows: int, columns: int) -> None:
+        """Tell a command's terminal its size."""
+        self._request("POST", f"/exec/{identifier}/resize?h={rows}&w={columns}")
+
+    def network(self, name: str) -> dict[str, Any]:
+        """Return what is known of a network; an EngineError of status 404 if it is not here."""
+        return dict(self._request("GET", f"/networks/{name}"))
+
+    def create_network(self, configuration: dict[str, Any]) -> None:
+        """Create a network."""
+        self._request("POST", "/networks/create", configuration)
+
+    def images(self) -> list[dict[str, Any]]:
+        """Return what is known of all images."""
+        return list(self._request("GET", "/images/json"))
+
+    def commit(self, container: str, repository: str, tag: str, changes: Mapping[str, Any]) -> str:
+        """Make an image of a container and return its id."""
+        query = urlencode({"container": container, "repo": repository, "tag": tag, "pause": 1})
+        return str(self._request("POST", f"/commit?{query}", dict(changes), timeout_s=_LONG_S)["Id"])
+
+    def push(self, repository: str, tag: str, account: Mapping[str, str]) -> None:
+        """Push an image to its registry."""
+        path = f"/images/{quote(repository, safe='/:')}/push?{urlencode({'tag': tag})}"
+        self._transfer(path, account)
+
+    def pull(self, repository: str, tag: str, account: Mapping[str, str]) -> None:
+        """Pull an image from its registry."""
+        self._transfer(f"/images/create?{urlencode({'fromImage': repository, 'tag': tag})}", account)
+
+    def remove_image(self, reference: str) -> None:
+        """Take a name from an image, and remove it if that was its last; one that is gone is as it should be."""
+        self._request("DELETE", f"/images/{quote(reference, safe='/:@')}", accept=(404,))
+
+    def _transfer(self, path: str, account: Mapping[str, str]) -> None:
+        # What goes wrong comes as a line in an answer that began well.
+        headers = {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(dict(account)).encode()).decode()}
+        for line in self._answer("POST", path, headers=headers, timeout_s=_LONG_S).splitlines():
+            if b'"error"' in line:
+                raise EngineError(0, str(json.loads(line)["error"]))
 
     def _request(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, accept: tuple[int, ...] = ()
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        accept: tuple[int, ...] = (),
+        timeout_s: float = _TIMEOUT_S,
     ) -> Any:
-        connection = _Connection(self._path)
+        content = None if body is None else json.dumps(body)
+        headers = {"Content-Type": "application/json"} if content else {}
+        answer = self._answer(method, path, content, headers=headers, accept=accept, timeout_s=timeout_s)
+        return json.loads(answer) if answer else None
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        content: str | None = None,
+        *,
+        headers: Mapping[str, str],
+        accept: tuple[int, ...] = (),
+        timeout_s: float,
+    ) -> bytes:
+        connection = _Connection(self._path, timeout_s)
         try:
-            content = None if body is None else json.dumps(body)
-            connection.request(method, path, content, {"Content-Type": "application/json"} if content else {})
+            connection.request(method, path, content, dict(headers))
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(0, f"the engine does not answer: {error}") from error
         finally:
             connection.close()
-        if response.status >= 400 and response.status not in accept:
+        if response.status >= 300 and response.status not in accept:
             raise EngineError(response.status, _message(answer) or f"the engine answers {response.status}")
-        return json.loads(answer) if answer and response.status < 400 else None
+        return answer if response.status < 300 else b""
+
+
+class Ending:
+    """Tells of the end of a container."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable once the container has ended."""
+        return int(self._connection.sock.fileno())
+
+    def status(self) -> int:
+        """Wait for the end and return the status of the container's first process."""
+        try:
+            return int(json.loads(self._connection.getresponse().read())["StatusCode"])
+        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+            raise EngineError(0, f"the engine does not say how the container ended: {error}") from error
+
+    def close(self) -> None:
+        """Ask no longer."""
+        self._connection.close()
+
+
+class Exec:
+    """A command that runs in a container.
+
+    Attributes:
+        stream: its streams: with a terminal plain bytes, else output in the engine's own pieces of 8 bytes of heading
+            and what it tells the length of.
+    """
+
+    def __init__(
+        self, engine: Engine, identifier: str, stream: socket.socket, response: http.client.HTTPResponse
+    ) -> None:
+        self.stream = stream
+        self._engine = engine
+        self._identifier = identifier
+        self._response = response
+
+    def resize(self, *, rows: int, columns: int) -> None:
+        """Tell its terminal its size."""
+        self._engine.exec_resize(self._identifier, rows=rows, columns=columns)
+
+    def status(self) -> int | None:
+        """Return its exit status; None while it runs."""
+        return self._engine.exec_status(self._identifier)
+
+    def close(self) -> None:
+        """Listen no longer; the command goes on."""
+        self.stream.close()
 
 
 def _message(answer: bytes) -> str:

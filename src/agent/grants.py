@@ -1,7 +1,8 @@
 """Who holds which job on this machine: files that Slurm's prolog writes as root and its epilog takes away.
 
-A grant is a file named by the job's number that holds the user's id and, where the job has only some of the machine's
-CPUs, their list. The directory is root's; all the same nothing in it is followed.
+A grant is a file named by the job's number. It holds the user's id, the CPUs of the job in the form "0-3,8" or "*" for
+all, how many those are, and how much memory the job has in megabytes. The directory is root's; all the same nothing in
+it is followed.
 """
 
 import os
@@ -18,12 +19,15 @@ class Grant(NamedTuple):
 
     Attributes:
         cpus: the CPUs of the job, as in "0-3,8"; "" for all.
+        cpu_count, memory_mb: how many CPUs and megabytes it has; 0 where that is not known.
         stamp: tells this grant from a later one for the same job.
     """
 
     uid: int
     cpus: str
     stamp: tuple[int, int, int]
+    cpu_count: int = 0
+    memory_mb: int = 0
 
 
 class Grants:
@@ -67,9 +71,10 @@ class Grants:
 
 def _parse(content: bytes, stamp: tuple[int, int, int]) -> Grant | None:
     fields = content.decode("ascii", "replace").split()
-    if len(fields) not in (1, 2) or not (fields[0].isascii() and fields[0].isdigit()):
+    if len(fields) not in (1, 2, 4):
         return None
-    cpus = fields[1] if len(fields) == 2 else ""
-    if not set(cpus) <= _CPULIST:
+    uid, cpus, count, memory_mb = fields + ["", "*", "0", "0"][len(fields) :]
+    cpus = "" if cpus == "*" else cpus
+    if not set(cpus) <= _CPULIST or not all(text.isascii() and text.isdigit() for text in (uid, count, memory_mb)):
         return None
-    return Grant(int(fields[0]), cpus, stamp)
+    return Grant(int(uid), cpus, stamp, int(count), int(memory_mb))

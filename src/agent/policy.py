@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from agent import container_policy
+from agent.checked import Loader, PolicyError, mapping, whole
+from agent.container_policy import ContainerPolicy
+
+__all__ = ["COMPILER", "SANDBOX", "Limits", "Mount", "Policy", "PolicyError", "Profile", "load", "parse"]
 
 VERSION = 1
 MAX_SIZE = 64 * 1024
 JOBS_CPUS = "job"
 SANDBOX, COMPILER = "cfiddle-sandbox", "cfiddle-compiler"
+TASK = "my_task_image"
 """What a policy calls the cluster's own images, whatever they are tagged."""
 
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9./:@_-]{0,511}")
 _CPULIST = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
-
-
-class PolicyError(Exception):
-    """The policy is wrong; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Policy:
-    """All of the file."""
+    """All of the file; without `containers` there are no containers of users'."""
 
     calls_at_once: int
     calls_per_user: int
     profiles: Mapping[str, Profile]
+    containers: ContainerPolicy | None = None
 
 
 # The least and the most that each limit may be. A sandbox with cfiddle imported has 90 MB.
@@ -112,23 +115,11 @@ _CLOSED_SOURCES = ("/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker
 _TAKEN_TARGETS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain values only, and each key once (one that a merge brings may be said anew)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        values = [self.construct_object(key) for key in keys]
-        for number, value in enumerate(values):
-            if value in values[:number]:
-                raise PolicyError(f"{value!r} stands twice, again in line {keys[number].start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-def load(path: Path, *, sandbox_image: str = SANDBOX, compiler_image: str = COMPILER) -> Policy:
+def load(path: Path, *, images: Mapping[str, str]) -> Policy:
     """Read and check the policy.
 
     Args:
-        sandbox_image, compiler_image: what SANDBOX, which profiles have that name none, and COMPILER stand for.
+        images: what SANDBOX, which profiles have that name none, COMPILER and TASK stand for.
 
     Raises:
         PolicyError: it cannot be read, or something in it is wrong.
@@ -139,31 +130,32 @@ def load(path: Path, *, sandbox_image: str = SANDBOX, compiler_image: str = COMP
     except OSError as error:
         raise PolicyError(f"{path}: {error.strerror}") from error
     try:
-        return parse(content, sandbox_image=sandbox_image, compiler_image=compiler_image)
+        return parse(content, images=images)
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from error
 
 
-def parse(content: bytes, *, sandbox_image: str = SANDBOX, compiler_image: str = COMPILER) -> Policy:
+def parse(content: bytes, *, images: Mapping[str, str]) -> Policy:
     """Return the policy that a file's content says; arguments and errors are those of `load`."""
     if len(content) > MAX_SIZE:
         raise PolicyError(f"more than {MAX_SIZE} bytes")
     try:
-        document = yaml.load(content, _Loader)
+        document = yaml.load(content, Loader)
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise PolicyError(f"not YAML, or not plain values: {error}") from error
-    top = _mapping(document, "the file", required={"version", "calls", "profiles"})
+    top = mapping(document, "the file", required={"version", "calls", "profiles"}, optional={"containers"})
     if top["version"] is not VERSION:
         raise PolicyError(f"version is {top['version']!r}; this agent knows version {VERSION}")
-    calls = _mapping(top["calls"], "calls", required={"at_once", "per_user"})
+    calls = mapping(top["calls"], "calls", required={"at_once", "per_user"})
     profiles = top["profiles"]
     if not isinstance(profiles, dict) or not profiles:
         raise PolicyError("profiles must name at least one profile")
-    images = {SANDBOX: sandbox_image, COMPILER: compiler_image}
+    containers = top.get("containers")
     return Policy(
-        calls_at_once=_whole(calls["at_once"], "calls.at_once", 1, 4096),
-        calls_per_user=_whole(calls["per_user"], "calls.per_user", 1, 4096),
+        calls_at_once=whole(calls["at_once"], "calls.at_once", 1, 4096),
+        calls_per_user=whole(calls["per_user"], "calls.per_user", 1, 4096),
         profiles={name: _profile(name, value, images) for name, value in profiles.items()},
+        containers=None if containers is None else container_policy.parse(containers, images),
     )
 
 
@@ -172,7 +164,7 @@ def _profile(name: object, value: object, images: Mapping[str, str]) -> Profile:
         raise PolicyError(f"profile {name!r}: a name has up to 32 of a-z, 0-9, - and _")
     where = f"profiles.{name}"
     optional = {"image", "pool", "counters", "mounts", "network"}
-    entry = _mapping(value, where, required={"command", "limits"}, optional=optional)
+    entry = mapping(value, where, required={"command", "limits"}, optional=optional)
     image = entry.get("image", SANDBOX)
     if not isinstance(image, str) or not _IMAGE.fullmatch(image):
         raise PolicyError(f"{where}.image is {image!r}, not an image's reference")
@@ -189,7 +181,7 @@ def _profile(name: object, value: object, images: Mapping[str, str]) -> Profile:
         images.get(image, image),
         tuple(command),
         _limits(entry["limits"], f"{where}.limits"),
-        pool=_whole(entry.get("pool", 0), f"{where}.pool", 0, _MAX_POOL),
+        pool=whole(entry.get("pool", 0), f"{where}.pool", 0, _MAX_POOL),
         counters=counters,
         mounts=_mounts(entry.get("mounts", []), f"{where}.mounts"),
     )
@@ -200,7 +192,7 @@ def _mounts(value: object, where: str) -> tuple[Mount, ...]:
         raise PolicyError(f"{where} must be a list")
     mounts: list[Mount] = []
     for number, item in enumerate(value):
-        entry = _mapping(item, f"{where}[{number}]", required={"source", "target"})
+        entry = mapping(item, f"{where}[{number}]", required={"source", "target"})
         source = _path(entry["source"], f"{where}[{number}].source", _CLOSED_SOURCES)
         target = _path(entry["target"], f"{where}[{number}].target", _TAKEN_TARGETS)
         if any(_overlap(target, mount.target) for mount in mounts):
@@ -228,7 +220,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _limits(value: object, where: str) -> Limits:
-    entry = _mapping(value, where, required={field.name for field in fields(Limits)})
+    entry = mapping(value, where, required={field.name for field in fields(Limits)})
     seconds = entry.pop("seconds")
     if type(seconds) not in (int, float) or not 0 < seconds <= 10**7:
         raise PolicyError(f"{where}.seconds is {seconds!r}, not a number above 0")
@@ -236,26 +228,5 @@ def _limits(value: object, where: str) -> Limits:
     cpus = str(cpus) if type(cpus) is int else cpus
     if not isinstance(cpus, str) or not (cpus == JOBS_CPUS or _CPULIST.fullmatch(cpus)):
         raise PolicyError(f"{where}.cpus is {cpus!r}, neither a list as in 0-3,8 nor {JOBS_CPUS}")
-    whole = {name: _whole(entry[name], f"{where}.{name}", *_RANGES[name]) for name in entry}
+    whole = {name: whole(entry[name], f"{where}.{name}", *_RANGES[name]) for name in entry}
     return Limits(seconds=seconds, cpus=cpus, **whole)
-
-
-def _mapping(
-    value: object, where: str, *, required: set[str], optional: frozenset[str] | set[str] = frozenset()
-) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise PolicyError(f"{where} must be a mapping")
-    known = required | optional
-    for key in value:
-        if key not in known:
-            raise PolicyError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
-    for key in sorted(required):
-        if key not in value:
-            raise PolicyError(f"{where}: {key} is missing")
-    return dict(value)
-
-
-def _whole(value: object, where: str, least: int, most: int) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise PolicyError(f"{where} is {value!r}, not a whole number from {least} to {most}")
-    return value

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import re
 import select
 import shutil
 import socket
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent import seccomp, usage, wire
+from agent import own, seccomp, usage, wire
 from agent.engine import Engine, EngineError
 from agent.policy import Limits, Mount, Profile
 
@@ -368,7 +367,7 @@ class Sandboxes:
         """
         self._engine = engine
         self._directory = directory
-        self._host_directory = _on_the_machine(engine, directory)
+        self._host_directory = own.place_on_machine(engine, directory)
         self._cgroups = cgroups
         self._cgroup_parent = usage.parent(str(engine.info()["CgroupDriver"]))
         self._seccomp = {
@@ -501,15 +500,3 @@ class Sandboxes:
                 self.sweep()
             except EngineError:
                 self._left.set()
-
-
-def _on_the_machine(engine: Engine, directory: Path) -> str:
-    """Return where the engine finds a directory of this process, which may itself run in a container."""
-    mounts = Path("/proc/self/mountinfo").read_text()
-    own = re.search(r"/containers/([0-9a-f]{64})/hostname /etc/hostname ", mounts)
-    if not own:
-        return os.fspath(directory)
-    for mount in engine.inspect(own[1])["Mounts"]:
-        if mount["Destination"] == os.fspath(directory):
-            return str(mount["Source"])
-    raise EngineError(0, f"{directory} is no mount of the agent's container: the engine cannot find sockets in it")

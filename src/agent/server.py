@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent import node, wire
+from agent.container_request import hold_request
+from agent.containers import Containers
 from agent.engine import EngineError
 from agent.grants import Grant, Grants
 from agent.policy import MIN_MEMORY_MB, Policy, Profile
@@ -45,12 +47,22 @@ class Ending(NamedTuple):
 class Server:
     """The agent's socket and the calls that come over it."""
 
-    def __init__(self, path: Path, *, policy: Policy, grants: Grants, sandboxes: Sandboxes) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        policy: Policy,
+        grants: Grants,
+        quiet: Quiet,
+        sandboxes: Sandboxes,
+        containers: Containers | None,
+    ) -> None:
         self._policy = policy
         self._grants = grants
         self._sandboxes = sandboxes
-        self._quiet = Quiet(grants)
-        self._pool = Pool(sandboxes, grants, self._quiet, policy.profiles.values())
+        self._containers = containers
+        self._quiet = quiet
+        self._pool = Pool(sandboxes, grants, quiet, policy.profiles.values())
         self._closing = False
         self._lock = threading.Lock()
         self._connections: Counter[int] = Counter()
@@ -113,10 +125,12 @@ class Server:
             self._call(connection, uid, call_request(message), descriptors)
         elif message.get("type") == "lease":
             self._lease(connection, uid, lease_request(message))
+        elif message.get("type") == "container":
+            self._container(connection, uid, hold_request(message))
         elif message.get("type") == "list":
             self._list(connection, uid)
         else:
-            raise wire.Refused("field", "type is none of call, lease, list, ping")
+            raise wire.Refused("field", "type is none of call, container, lease, list, ping")
 
     def _call(self, connection: socket.socket, uid: int, request: CallRequest, descriptors: list[int]) -> None:
         grant = self._grant(uid, request.job)
@@ -139,6 +153,12 @@ class Server:
             poller.register(connection, select.POLLIN)
             while not poller.poll(_LOOK_S * 1000) and self._grants.find(job) == grant:
                 pass
+
+    def _container(self, connection: socket.socket, uid: int, request: dict[str, Any]) -> None:
+        if self._containers is None:
+            raise wire.Refused("containers", "policy.yaml of this cluster allows no containers")
+        connection.settimeout(None)
+        self._containers.hold(connection, uid, request)
 
     def _list(self, connection: socket.socket, uid: int) -> None:
         """Tell root which sandboxes there are, a packet for each."""

@@ -1,0 +1,500 @@
+"""Users' containers on this machine: each of a fixed shape, and running only inside a job of its owner's.
+
+A container that runs is held by a connection: a step of the job asks for it and stays. When the step goes away or the
+job ends, the container is stopped; when the container ends, the step is told. Containers that were created, or have
+been stopped, are held by nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agent import wire
+from agent.container_policy import ContainerPolicy
+from agent.engine import Engine, EngineError, Exec
+from agent.grants import Grant, Grants
+from agent.quiet import Quiet
+from agent.wire import Refused
+
+LABEL = "cfiddle.container"
+UID_LABEL, NAME_LABEL = "cfiddle.uid", "cfiddle.name"
+RUNNING = "running"
+
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_LOOK_S = 0.5
+_GRACE_S = 1
+_ADOPTION_S = 5.0
+_SWEEP_S = 2.0
+_DISK_LOOK_S = 30.0
+_REMEMBERED_S = 120.0
+
+log = logging.getLogger("agent")
+
+
+class Owner(NamedTuple):
+    """Whose a container is: uid and gid, and the name of the home directory."""
+
+    uid: int
+    gid: int
+    user: str
+
+
+class Outcome(NamedTuple):
+    """What became of a job's request for a container: the container's id, or why there is none."""
+
+    uid: int
+    container: str
+    refusal: Refused | None
+    at: float
+
+
+class _Held:
+    """A container that runs in a job.
+
+    Attributes:
+        reason: why it is being stopped; "" as long as nobody does.
+    """
+
+    def __init__(self, job: int, uid: int) -> None:
+        self.job = job
+        self.uid = uid
+        self.reason = ""
+
+
+def engine_name(uid: int, name: str) -> str:
+    """Return what the engine calls a user's container."""
+    return f"u{uid}.{name}"
+
+
+def configuration(
+    owner: Owner, name: str, *, image: str, policy: ContainerPolicy, grant: Grant | None, home: str, network: str
+) -> dict[str, Any]:
+    """Return what the engine is asked for: all of it is the policy's, the job's or fixed here.
+
+    Args:
+        image: what the engine knows it by.
+        grant: of the job that it shall run in; None where it is only created.
+        home: where on the machine the owner's home directory is.
+        network: the users' network.
+    """
+    mounts = [
+        {"Type": "bind", "Source": home, "Target": target, "BindOptions": {"Propagation": "rprivate"}}
+        for target in (f"/home/{owner.user}", "/home/me")
+    ]
+    return {
+        "Image": image,
+        "User": f"{owner.uid}:{owner.gid}",
+        "Hostname": name[:63].rstrip("-._"),
+        # What it runs is most often a shell, which ends where there is nothing to read.
+        "Tty": True,
+        "OpenStdin": True,
+        "Env": [f"HOME=/home/{owner.user}", f"USER={owner.user}", f"LOGNAME={owner.user}"],
+        "Labels": {"cfiddle.cluster": "cfiddle", LABEL: "1", UID_LABEL: str(owner.uid), NAME_LABEL: name},
+        "HostConfig": {
+            "CapAdd": [],
+            "CapDrop": ["ALL"],
+            "IpcMode": "private",
+            "LogConfig": {"Type": "none"},
+            "Mounts": mounts,
+            "NetworkMode": network,
+            "PidsLimit": policy.processes,
+            "Privileged": False,
+            "RestartPolicy": {"Name": "no"},
+            "SecurityOpt": ["no-new-privileges"],
+            "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
+            **(limits(grant) if grant else {}),
+        },
+    }
+
+
+def limits(grant: Grant) -> dict[str, Any]:
+    """Return what a container may use: what its job has."""
+    memory = grant.memory_mb * 2**20
+    found = {"Memory": memory, "MemorySwap": memory} if memory else {}
+    return found | ({"NanoCpus": grant.cpu_count * 10**9} if grant.cpu_count else {})
+
+
+class Containers:
+    """The users' containers on this machine; its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: ContainerPolicy,
+        *,
+        grants: Grants,
+        quiet: Quiet,
+        homes: Path,
+        homes_on_machine: str,
+        network: str,
+    ) -> None:
+        """Begin to see to it that no container runs that is in no job.
+
+        Args:
+            homes: where this process sees the users' home directories, and
+            homes_on_machine: where the engine finds them.
+            network: the users' network.
+        """
+        self._engine = engine
+        self._policy = policy
+        self._grants = grants
+        self._quiet = quiet
+        self._homes = homes
+        self._homes_on_machine = homes_on_machine
+        self._network = network
+        self._changed = threading.Condition()
+        self._busy: set[str] = set()
+        self._held: dict[str, _Held] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        self._created: dict[str, str] = {}
+        self._written_mb: dict[int, float] = {}
+        for work in (self._sweep, self._watch_disk):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    # --- what a user can ask, over the network ------------------------------------------------------------------------
+
+    def listed(self, uid: int) -> list[dict[str, Any]]:
+        """Return the user's containers, the newest first; root gets everybody's."""
+        found = self._engine.listed(LABEL, *([f"{UID_LABEL}={uid}"] if uid else []))
+        return [self._told(container) for container in found]
+
+    def images(self) -> dict[str, str]:
+        """Return the images that containers can be made of here: what users call them, and their ids."""
+        found = {}
+        for name, reference in self._policy.images.items():
+            with contextlib.suppress(EngineError):
+                found[name] = str(self._engine.image(reference)["Id"])
+        return found
+
+    def inspected(self, uid: int, name: str) -> dict[str, Any]:
+        """Return what the engine knows of a container; Refused if the user has none of that name."""
+        return self._engine.inspect(self._id(uid, name))
+
+    def create(self, uid: int, *, user: str, name: str, image: str) -> str:
+        """Create a container that is to be started some time; return its id.
+
+        Raises:
+            Refused: the name is taken, the image unknown, the user's share used up.
+            EngineError: the engine does not do it.
+        """
+        with self._alone(uid, name):
+            return self._create(self._owner(uid, user), name, image, grant=None)
+
+    def stop(self, uid: int, name: str) -> None:
+        """Stop a container, and with it its job; one that does not run is as it should be.
+
+        Raises:
+            Refused: the user has none of that name.
+        """
+        container = self._id(uid, name)
+        with self._changed:
+            if container in self._held:
+                self._held[container].reason = "stopped"
+        self._engine.stop(container, grace_s=_GRACE_S)
+
+    def delete(self, uid: int, name: str) -> None:
+        """Remove a container; one that runs is Refused."""
+        with self._alone(uid, name):
+            container = self._id(uid, name)
+            if self._engine.inspect(container)["State"]["Running"]:
+                raise Refused("running", f"container {name} is running")
+            self._engine.remove(container)
+
+    def outcome(self, uid: int, job: int, *, timeout_s: float) -> str | None:
+        """Wait until it is known whether a job has its container, and return the container's id; None for not yet.
+
+        Raises:
+            Refused: it cannot have one; or the job is not the user's.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: job in self._outcomes, timeout_s)
+            found = self._outcomes.get(job)
+        if found is None:
+            return None
+        if uid not in (0, found.uid):
+            raise Refused("job", f"user {uid} has no job {job}")
+        if found.refusal:
+            raise found.refusal
+        return found.container
+
+    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Exec:
+        """Run a command in a container that runs.
+
+        Args:
+            mark: by which `end_command` finds its processes.
+
+        Raises:
+            Refused: the user has no such container, or it does not run.
+        """
+        container = self._id(uid, name)
+        wanted = {"Cmd": argv, "Tty": terminal, "Env": [f"CFIDDLE_COMMAND={mark}"]}
+        try:
+            return self._engine.exec(
+                container, {**wanted, "AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
+            )
+        except EngineError as error:
+            if error.status == 409:
+                raise Refused("stopped", f"container {name} is not running") from error
+            raise
+
+    def end_command(self, uid: int, name: str, mark: str) -> None:
+        """Kill the processes of a command whose caller is gone, as far as the container has a shell for it."""
+        program = 'for p in /proc/[0-9]*; do grep -qs "^CFIDDLE_COMMAND=$1" "$p/environ" && kill -9 "${p#/proc/}"; done'
+        with contextlib.suppress(EngineError, Refused):
+            wanted = {"Cmd": ["/bin/sh", "-c", f"{program} 2>/dev/null", "sh", mark], "AttachStdout": True}
+            self._engine.exec(self._id(uid, name), wanted).close()
+
+    # --- what a step of a job asks, on this machine -------------------------------------------------------------------
+
+    def hold(self, connection: socket.socket, uid: int, request: Mapping[str, Any]) -> None:
+        """Run a container in a job until the job, the step that asks, or the container ends.
+
+        Args:
+            connection: to the step, which is told `running` and at last `ended`, with the container's exit status; that
+                is 0 where its owner stopped it.
+            request: job, user, name, image, and `again` where the step had it from an earlier agent.
+        """
+        job, name = int(request["job"]), str(request["name"])
+        grant = self._grants.find(job)
+        if grant is None or grant.uid != uid:
+            raise Refused("job", f"user {uid} has no job {job} here")
+        try:
+            with self._quiet.lease(job, grant), self._started(uid, request, grant) as (container, held):
+                self._tell(job, Outcome(uid, container, None, time.monotonic()))
+                wire.send(connection, {"type": "running", "container": container})
+                status = self._watch(connection, container, held, grant)
+                if held.reason == "stopped":
+                    status = 0
+                log.info("container %s of user %d, job %d: ended with status %s", name, uid, job, status)
+                with contextlib.suppress(OSError):
+                    wire.send(connection, {"type": "ended", "status": status, "reason": held.reason})
+        except (Refused, EngineError) as error:
+            refusal = error if isinstance(error, Refused) else Refused("engine", str(error))
+            self._tell(job, Outcome(uid, "", refusal, time.monotonic()))
+            raise refusal from error
+
+    @contextlib.contextmanager
+    def _started(self, uid: int, request: Mapping[str, Any], grant: Grant) -> Iterator[tuple[str, _Held]]:
+        job, name = int(request["job"]), str(request["name"])
+        held = _Held(job, uid)
+        with self._alone(uid, name):
+            container, running = self._made(uid, request, grant)
+            with self._changed:
+                if container in self._held:
+                    raise Refused("running", f"container {name} runs already, in job {self._held[container].job}")
+                if any(other.job == job for other in self._held.values()):
+                    raise Refused("job", f"job {job} has a container already")
+                if running and not request["again"]:
+                    raise Refused("running", f"container {name} is just being stopped")
+                self._held[container] = held
+            try:
+                if not running:
+                    self._check_disk(uid)
+                    self._engine.start(container)
+            except BaseException:
+                self._let_go(container)
+                raise
+        try:
+            yield container, held
+        finally:
+            try:
+                self._engine.stop(container, grace_s=_GRACE_S)
+            except EngineError as error:
+                log.warning("container %.12s cannot be stopped yet: %s", container, error)
+            finally:
+                self._let_go(container)
+
+    def _made(self, uid: int, request: Mapping[str, Any], grant: Grant) -> tuple[str, bool]:
+        """Return the id of the container that is asked for, created if there is none, and whether it runs."""
+        name = str(request["name"])
+        try:
+            found = self._engine.inspect(self._id(uid, name))
+        except Refused:
+            if request["again"] or not request["image"]:
+                raise
+            return self._create(self._owner(uid, str(request["user"])), name, str(request["image"]), grant=grant), False
+        container, running = str(found["Id"]), bool(found["State"]["Running"])
+        if not running and (wanted := limits(grant)):
+            self._engine.update(container, wanted)
+        return container, running
+
+    def _watch(self, connection: socket.socket, container: str, held: _Held, grant: Grant) -> int | None:
+        """Wait until the container ends by itself, or has to be ended; return its status, None where it has to be."""
+        ending = self._engine.ending(container)
+        try:
+            poller = select.poll()
+            poller.register(connection, select.POLLIN)
+            poller.register(ending, select.POLLIN)
+            while True:
+                ready = [fd for fd, _ in poller.poll(_LOOK_S * 1000)]
+                if ending.fileno() in ready:
+                    return ending.status()
+                if connection.fileno() in ready:
+                    held.reason = held.reason or "the job's step is gone"
+                    return None
+                if self._grants.find(held.job) != grant:
+                    held.reason = held.reason or "the job ended"
+                    return None
+        finally:
+            ending.close()
+
+    def _let_go(self, container: str) -> None:
+        with self._changed:
+            del self._held[container]
+            self._changed.notify_all()
+
+    def _tell(self, job: int, outcome: Outcome) -> None:
+        with self._changed:
+            old = [known for known, told in self._outcomes.items() if outcome.at - told.at > _REMEMBERED_S]
+            for known in old:
+                del self._outcomes[known]
+            self._outcomes[job] = outcome
+            self._changed.notify_all()
+
+    # --- what both need -----------------------------------------------------------------------------------------------
+
+    def _create(self, owner: Owner, name: str, image: str, *, grant: Grant | None) -> str:
+        reference = self._policy.images.get(image)
+        if reference is None:
+            raise Refused("image", f"there is no image {image}; there are: {', '.join(self._policy.images)}")
+        if len(self._engine.listed(LABEL, f"{UID_LABEL}={owner.uid}")) >= self._policy.per_user:
+            raise Refused("share", f"{self._policy.per_user} containers of yours are here, the most there may be")
+        self._check_disk(owner.uid)
+        wanted = configuration(
+            owner,
+            name,
+            image=reference,
+            policy=self._policy,
+            grant=grant,
+            home=f"{self._homes_on_machine}/{owner.user}",
+            network=self._network,
+        )
+        try:
+            return self._engine.create(engine_name(owner.uid, name), wanted)
+        except EngineError as error:
+            if error.status == 409:
+                raise Refused("name", f"there is a container {name} already") from error
+            if error.status == 404:
+                raise Refused("image", f"the image {image} is not on this machine") from error
+            raise
+
+    def _id(self, uid: int, name: str) -> str:
+        """Return the id of a user's container; root's may be called as the engine does, `uUID.NAME`."""
+        try:
+            found = self._engine.inspect(name if uid == 0 else engine_name(uid, name))
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            raise Refused("name", f"there is no container {name}") from error
+        labels = found["Config"]["Labels"] or {}
+        if LABEL not in labels or (uid and labels.get(UID_LABEL) != str(uid)):
+            raise Refused("name", f"there is no container {name}")
+        return str(found["Id"])
+
+    def _owner(self, uid: int, user: str) -> Owner:
+        """Return the user of that name; the home directory must be theirs, or it is not their name."""
+        if _USER.fullmatch(user):
+            with contextlib.suppress(OSError):
+                home = (self._homes / user).lstat()
+                if home.st_uid == uid and (home.st_mode & 0o170000) == 0o040000:
+                    return Owner(uid, home.st_gid, user)
+        raise Refused("user", f"user {uid} has no home directory {wire.shown(user)} here")
+
+    @contextlib.contextmanager
+    def _alone(self, uid: int, name: str) -> Iterator[None]:
+        """Let nobody else create, start or remove this container meanwhile."""
+        key = engine_name(uid, name)
+        with self._changed:
+            if not self._changed.wait_for(lambda: key not in self._busy, timeout=30):
+                raise Refused("busy", f"container {name} is being created, started or removed")
+            self._busy.add(key)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.remove(key)
+                self._changed.notify_all()
+
+    def _told(self, container: Mapping[str, Any]) -> dict[str, Any]:
+        identifier, labels = str(container["Id"]), container["Labels"]
+        if identifier not in self._created:
+            with contextlib.suppress(EngineError):  # it may be gone since
+                self._created[identifier] = str(self._engine.inspect(identifier)["Created"])
+        with self._changed:
+            held = self._held.get(identifier)
+        return {
+            "id": identifier,
+            "name": labels[NAME_LABEL],
+            "uid": int(labels[UID_LABEL]),
+            "image": container["Image"],
+            "image_id": container["ImageID"],
+            "status": container["State"],
+            "created": self._created.get(identifier, ""),
+            "job": held.job if held else None,
+        }
+
+    # --- what is seen to all the time ---------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Stop what runs in no job. The steps of an earlier agent's containers get some seconds to come."""
+        time.sleep(_ADOPTION_S)
+        while True:
+            try:
+                for container in self._engine.listed(LABEL):
+                    self._stop_stray(container)
+            except EngineError as error:
+                log.warning("the engine does not say which containers run: %s", error)
+            time.sleep(_SWEEP_S)
+
+    def _stop_stray(self, container: Mapping[str, Any]) -> None:
+        if container["State"] != RUNNING:
+            return
+        labels = container["Labels"]
+        with self._changed:
+            busy = engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL]) in self._busy
+            if busy or container["Id"] in self._held:
+                return
+        log.warning("container %.12s runs in no job: it is stopped", container["Id"])
+        self._engine.stop(container["Id"], grace_s=_GRACE_S)
+
+    def _watch_disk(self) -> None:
+        """Stop the containers of users who have written more than they may."""
+        while True:
+            try:
+                if self._engine.listed(LABEL):
+                    self._measure_disk()
+            except EngineError as error:
+                log.warning("the engine does not say what containers have written: %s", error)
+            time.sleep(_DISK_LOOK_S)
+
+    def _measure_disk(self) -> None:
+        written: dict[int, float] = {}
+        running: dict[int, list[str]] = {}
+        for container in self._engine.listed(LABEL, sizes=True):
+            uid = int(container["Labels"][UID_LABEL])
+            written[uid] = written.get(uid, 0) + container.get("SizeRw", 0) / 2**20
+            if container["State"] == RUNNING:
+                running.setdefault(uid, []).append(container["Id"])
+        self._written_mb = written
+        for uid in [uid for uid, megabytes in written.items() if megabytes > self._policy.disk_mb]:
+            for identifier in running.get(uid, []):
+                log.warning("container %.12s is stopped: user %d has written too much", identifier, uid)
+                self._engine.stop(identifier, grace_s=_GRACE_S)
+
+    def _check_disk(self, uid: int) -> None:
+        written = self._written_mb.get(uid, 0)
+        if written > self._policy.disk_mb:
+            raise Refused(
+                "disk",
+                f"your containers here have written {written:.0f} MB, more than the {self._policy.disk_mb} MB "
+                "that they may; delete one",
+            )
