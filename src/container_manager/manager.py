@@ -1,8 +1,8 @@
-"""The verbs: create, list, delete, stop and run, over any place, with the messages that they are known by."""
+"""The verbs: create, delete, stop and run, over any place, with the messages that they are known by."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from container_manager import names
+from container_manager import interrupts, names
 from container_manager.errors import ContainerError, Refusal
 from container_manager.place import Container, Place
 
@@ -23,16 +23,13 @@ class Manager:
         """
         with self.place.naming():
             new = names.next_names({container.name for container in self.place.containers()}, number)
-            self.place.create(new)
-            found = {container.name: container for container in self.place.containers()}
-        try:
-            return [found[name] for name in new]
-        except KeyError as error:
-            raise ContainerError(f"container {error.args[0]} was removed while it was made") from None
-
-    def list(self) -> list[Container]:
-        """Return all containers, newest first."""
-        return self.place.containers()
+            try:
+                self.place.create(new)
+                return self._named(new)
+            except BaseException:
+                with interrupts.put_off():
+                    self.discard([container for container in self.place.containers() if container.name in new])
+                raise
 
     def delete(self, name: str | None = None) -> list[str]:
         """Delete one, or all that do not run; return the names of those that are gone."""
@@ -58,14 +55,13 @@ class Manager:
         self.place.stop([container])
         return [name]
 
-    def run(self, command: str, output: Callable[[bytes], None], name: str | None = None) -> int:
-        """Run a shell command in one, or in a new one, which goes on running; return the command's exit status."""
-        if name is not None:
-            container = self._find(name, "no container name {}")
-            self.place.start([container])
-        else:
-            [container] = self.start_new(1)
-        return self.place.execute(container, command, output)
+    def ready(self, name: str | None = None) -> Container:
+        """Return one that runs, started if need be; or a new one, which goes on running after its command."""
+        if name is None:
+            return self.start_new(1)[0]
+        container = self._find(name, "no container name {}")
+        self.place.start([container])
+        return container
 
     def start_new(self, number: int) -> list[Container]:
         """Create so many and start them; if they cannot all be started, none is left."""
@@ -73,7 +69,8 @@ class Manager:
         try:
             self.place.start(new)
         except BaseException:
-            self.discard(new)
+            with interrupts.put_off():
+                self.discard(new)
             raise
         return new
 
@@ -83,7 +80,16 @@ class Manager:
         self.place.delete(containers)
 
     def _find(self, name: str, refusal: str) -> Container:
+        if not names.is_legal(name):
+            raise ContainerError(f"{name!r} is no name of a container: letters, digits, _ . and -, at most 63")
         found = next((container for container in self.place.containers() if container.name == name), None)
         if found is None:
             raise Refusal(refusal.format(name))
         return found
+
+    def _named(self, wanted: Sequence[str]) -> list[Container]:
+        found = {container.name: container for container in self.place.containers()}
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ContainerError(f"removed while it was made: {', '.join(missing)}")
+        return [found[name] for name in wanted]
