@@ -1,0 +1,129 @@
+"""The commands `cm` and `CM.py`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import click
+
+from container_manager import interrupts
+from container_manager.errors import ContainerError, Refusal
+from container_manager.manager import MOST_AT_ONCE, Manager
+from container_manager.place import Container, here
+
+
+@click.group()
+def commands() -> None:
+    pass
+
+
+@commands.command()
+@click.argument("number", type=click.IntRange(1, MOST_AT_ONCE))
+def create(number: int) -> None:
+    """Create a certain number of containers"""
+    new = Manager(here()).create(number)
+    click.echo(f"created {number} containers")
+    for position, container in enumerate(new, 1):
+        click.echo(f"container {position} : {container.name}")
+
+
+@commands.command(name="list")
+@click.option("--table", is_flag=True, help="as a table")
+@click.option("--json", "as_json", is_flag=True, help="as JSON, for programs")
+def list_(table: bool, as_json: bool) -> None:
+    """List all containers"""
+    if table and as_json:
+        raise click.UsageError("either --table or --json")
+    containers = here().containers()
+    if as_json:
+        click.echo(json.dumps([asdict(container) for container in containers], indent=2))
+    elif table:
+        _print_table(containers)
+    else:
+        click.echo(f"There are {len(containers)} containers:")
+        for position, container in enumerate(containers, 1):
+            click.echo(f"container {position} : {_described(container)}")
+
+
+@commands.command()
+@click.option("--name", help="name of the container to delete, delete all if empty")
+def delete(name: str | None) -> None:
+    """Delete containers, you can delete all containers or a specific one by name
+    Running containers will not be deleted"""
+    gone = Manager(here()).delete(name or None)
+    click.echo(f"deleted container {name}" if name else f"deleted all not running containers: {gone}")
+
+
+@commands.command()
+@click.option("--name", help="name of the container to stop, stop all if empty")
+def stop(name: str | None) -> None:
+    """Stop containers, you can stop all containers or a specific one by name"""
+    stopped = Manager(here()).stop(name or None)
+    click.echo(f"stopped container {name}" if name else f"stopped all running containers: {stopped}")
+
+
+@commands.command()
+@click.option(
+    "--name", help="the name of container to run the command, empty for creating a new container to run the command"
+)
+@click.option("--cmd", help="the command to run")
+def run(name: str | None, cmd: str | None) -> None:
+    """Run a cmd in a container, without giving a name of a specific container, a new container will be created"""
+    if not cmd:
+        raise click.UsageError("which command? --cmd TEXT")
+    place = here()
+    container = Manager(place).ready(name or None)
+    click.echo("command output:")
+    sys.exit(place.execute(container, cmd, _pass_on))
+
+
+def main() -> None:
+    """Be the command; end with the exit status that fits."""
+    interrupts.raise_them()
+    try:
+        commands()
+    except Refusal as refusal:
+        sys.exit(str(refusal))
+    except ContainerError as error:
+        sys.exit(f"error: {error}")
+    except interrupts.Interrupted as interrupted:
+        click.echo("interrupted", err=True)
+        sys.exit(interrupted.exit_status)
+
+
+def _described(container: Container) -> dict[str, str]:
+    return {
+        "NAME": container.name,
+        "IMAGE": container.image,
+        "STATUS": container.status,
+        "CREATED": container.created,
+        "CONTAINER ID": container.id,
+    }
+
+
+def _pass_on(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.buffer.flush()
+
+
+def _print_table(containers: Sequence[Container]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    in_cluster = any(container.machine for container in containers)
+    for heading in ("NAME", "STATUS", "CREATED", "IMAGE", "CONTAINER ID", *(("MACHINE", "JOB") if in_cluster else ())):
+        table.add_column(heading, no_wrap=True)
+    for container in containers:
+        created = container.created.partition(".")[0].replace("T", " ")
+        row = [container.name, container.status, created, container.image[:19], container.id[:12]]
+        table.add_row(*row, *((container.machine, str(container.job or "")) if in_cluster else ()))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

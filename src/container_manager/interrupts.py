@@ -1,0 +1,53 @@
+"""Ctrl-C and its like: they end a command at any point, but not in the middle of what must be whole."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+class _Handler:
+    """What the signals come to."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.waiting: int | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.blocks:
+            self.waiting = number
+        else:
+            raise Interrupted(number)
+
+
+_handler = _Handler()
+
+
+def raise_them() -> None:
+    """Have each of the signals raise Interrupted in the main thread, unless whoever started us ignores it."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handler)
+
+
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Raise what interrupts the block when it is over: for what is short, has a deadline, and must be whole."""
+    _handler.blocks += 1
+    try:
+        yield
+    finally:
+        _handler.blocks -= 1
+        if _handler.waiting is not None and not _handler.blocks:
+            number, _handler.waiting = _handler.waiting, None
+            raise Interrupted(number)
