@@ -18,14 +18,14 @@ from agent import container_policy
 from agent.checked import Loader, PolicyError, mapping, whole
 from agent.container_policy import ContainerPolicy
 
-__all__ = ["COMPILER", "SANDBOX", "Limits", "Mount", "Policy", "PolicyError", "Profile", "load", "parse"]
+__all__ = ["OWN_IMAGES", "SANDBOX", "Limits", "Mount", "Policy", "PolicyError", "Profile", "load", "parse"]
 
 VERSION = 1
 MAX_SIZE = 64 * 1024
 JOBS_CPUS = "job"
-SANDBOX, COMPILER = "cfiddle-sandbox", "cfiddle-compiler"
-TASK = "my_task_image"
-"""What a policy calls the cluster's own images, whatever they are tagged."""
+SANDBOX = "cfiddle-sandbox"
+OWN_IMAGES = {SANDBOX: "sandbox", "cfiddle-compiler": "compiler", "my_task_image": "task"}
+"""What a policy calls the cluster's own images, whatever they are tagged, and which of images/ these are."""
 
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9./:@_-]{0,511}")
@@ -119,7 +119,7 @@ def load(path: Path, *, images: Mapping[str, str]) -> Policy:
     """Read and check the policy.
 
     Args:
-        images: what SANDBOX, which profiles have that name none, COMPILER and TASK stand for.
+        images: what each of OWN_IMAGES stands for; SANDBOX is the one of profiles that name none.
 
     Raises:
         PolicyError: it cannot be read, or something in it is wrong.
@@ -228,5 +228,5 @@ def _limits(value: object, where: str) -> Limits:
     cpus = str(cpus) if type(cpus) is int else cpus
     if not isinstance(cpus, str) or not (cpus == JOBS_CPUS or _CPULIST.fullmatch(cpus)):
         raise PolicyError(f"{where}.cpus is {cpus!r}, neither a list as in 0-3,8 nor {JOBS_CPUS}")
-    whole = {name: whole(entry[name], f"{where}.{name}", *_RANGES[name]) for name in entry}
-    return Limits(seconds=seconds, cpus=cpus, **whole)
+    numbers = {name: whole(entry[name], f"{where}.{name}", *_RANGES[name]) for name in entry}
+    return Limits(seconds=seconds, cpus=cpus, **numbers)

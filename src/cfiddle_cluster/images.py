@@ -83,10 +83,12 @@ IMAGES = {
             roles=_WORKER,
         ),
         Image("compiler", parent="sandbox", roles=_WORKER),
+        Image("task", parent="base", roles=_WORKER),
         Image(
             "user",
             sources=(
                 "src/agent",
+                "src/container_manager",
                 "src/delegate_function",
                 "requirements/user.lock",
                 "test_slurm.sh",

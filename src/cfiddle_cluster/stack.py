@@ -34,7 +34,7 @@ from cfiddle_cluster.wait import wait_until
 
 SECRETS = ("munge-key", "database-password", "jupyter-token")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
-IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "user")
+IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "user")
 
 WORKER_SERVICES = ("slurmd", "agent")
 """The services that a job runs in: never replaced while one does."""
@@ -140,7 +140,7 @@ def _ensure_secrets(state: State) -> dict[str, str]:
 def _check_policy(root: Path, references: Mapping[str, str]) -> None:
     """Find out here what every agent would find out after it was replaced."""
     try:
-        policy.load(root / "policy.yaml", sandbox_image=references["sandbox"], compiler_image=references["compiler"])
+        policy.load(root / "policy.yaml", images={name: references[image] for name, image in policy.OWN_IMAGES.items()})
     except policy.PolicyError as error:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 

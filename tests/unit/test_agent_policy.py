@@ -28,11 +28,11 @@ def _document(limits: dict[str, Any] | None = None, **profile: Any) -> dict[str,
 
 
 def _parse(document: Any) -> Policy:
-    return parse(yaml.safe_dump(document).encode(), sandbox_image="cfiddle-sandbox:1")
+    return parse(yaml.safe_dump(document).encode(), images={"cfiddle-sandbox": "cfiddle-sandbox:1"})
 
 
 def test_the_policy_of_this_checkout_is_valid() -> None:
-    policy = load(ROOT / "policy.yaml", sandbox_image="cfiddle-sandbox:1", compiler_image="cfiddle-compiler:2")
+    policy = load(ROOT / "policy.yaml", images={"cfiddle-sandbox": "cfiddle-sandbox:1", "cfiddle-compiler": "cfiddle-compiler:2"})
     assert list(policy.profiles) == ["default", "build"]
     assert policy.profiles["default"].image == "cfiddle-sandbox:1"
     assert policy.profiles["default"].command[3] == "delegate_function.inside"
@@ -44,7 +44,7 @@ def test_the_policy_of_this_checkout_is_valid() -> None:
 def test_image_is_the_cluster_s_own_by_name_or_another_by_reference() -> None:
     def image(**profile: str) -> str:
         content = yaml.safe_dump(_document(**profile)).encode()
-        return parse(content, sandbox_image="s:1", compiler_image="c:1").profiles["default"].image
+        return parse(content, images={"cfiddle-sandbox": "s:1", "cfiddle-compiler": "c:1"}).profiles["default"].image
 
     assert image() == image(image="cfiddle-sandbox") == "s:1"
     assert image(image="cfiddle-compiler") == "c:1"
@@ -219,9 +219,9 @@ def test_profile_s_name_is_plain(name: object) -> None:
 )
 def test_what_is_no_policy_is_one_error(text: str) -> None:
     with pytest.raises(PolicyError):
-        parse(text.encode(), sandbox_image="x")
+        parse(text.encode(), images={})
 
 
 def test_missing_file_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"policy\.yaml: No such file"):
-        load(tmp_path / "policy.yaml", sandbox_image="x")
+        load(tmp_path / "policy.yaml", images={})
