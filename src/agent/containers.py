@@ -87,7 +87,8 @@ def configuration(
         network: the users' network.
     """
     mounts = [
-        {"Type": "bind", "Source": home, "Target": target, "BindOptions": {"Propagation": "rprivate"}}
+        # The engine keeps the volume of the homes, and from there it mounts in no other way.
+        {"Type": "bind", "Source": home, "Target": target, "BindOptions": {"Propagation": "rslave"}}
         for target in (f"/home/{owner.user}", "/home/me")
     ]
     return {
@@ -238,7 +239,7 @@ class Containers:
         container = self._id(uid, name)
         wanted = {"Cmd": argv, "Tty": terminal, "Env": [f"CFIDDLE_COMMAND={mark}"]}
         try:
-            return self._engine.exec(
+            return self._engine.execute(
                 container, {**wanted, "AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
             )
         except EngineError as error:
@@ -251,7 +252,7 @@ class Containers:
         program = 'for p in /proc/[0-9]*; do grep -qs "^CFIDDLE_COMMAND=$1" "$p/environ" && kill -9 "${p#/proc/}"; done'
         with contextlib.suppress(EngineError, Refused):
             wanted = {"Cmd": ["/bin/sh", "-c", f"{program} 2>/dev/null", "sh", mark], "AttachStdout": True}
-            self._engine.exec(self._id(uid, name), wanted).close()
+            self._engine.execute(self._id(uid, name), wanted).close()
 
     # --- what a step of a job asks, on this machine -------------------------------------------------------------------
 

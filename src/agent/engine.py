@@ -104,7 +104,7 @@ class Engine:
         query = urlencode({"all": 1, "size": int(sizes), "filters": json.dumps({"label": labels})})
         return list(self._request("GET", f"/containers/json?{query}"))
 
-    def exec(self, container: str, configuration: dict[str, Any]) -> Exec:
+    def execute(self, container: str, configuration: dict[str, Any]) -> Exec:
         """Run a command in a container that runs."""
         identifier = str(self._request("POST", f"/containers/{container}/exec", configuration)["Id"])
         terminal = bool(configuration.get("Tty"))
