@@ -135,6 +135,10 @@ class Engine:
         """Tell a command's terminal its size."""
         self._request("POST", f"/exec/{identifier}/resize?h={rows}&w={columns}")
 
+    def volume(self, name: str) -> dict[str, Any]:
+        """Return what is known of a volume."""
+        return dict(self._request("GET", f"/volumes/{quote(name, safe='')}"))
+
     def network(self, name: str) -> dict[str, Any]:
         """Return what is known of a network; an EngineError of status 404 if it is not here."""
         return dict(self._request("GET", f"/networks/{name}"))
