@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from agent import wire
 from agent.container_policy import ContainerPolicy
-from agent.engine import Engine, EngineError, Exec
+from agent.engine import Engine, EngineError, Command
 from agent.grants import Grant, Grants
 from agent.quiet import Quiet
 from agent.wire import Refused
@@ -241,7 +241,7 @@ class Containers:
             raise found.refusal
         return found.container
 
-    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Exec:
+    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Command:
         """Run a command in a container that runs.
 
         Args:
