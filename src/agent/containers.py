@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from agent import wire
 from agent.container_policy import ContainerPolicy
-from agent.engine import Engine, EngineError, Command
+from agent.engine import Command, Engine, EngineError
 from agent.grants import Grant, Grants
 from agent.quiet import Quiet
 from agent.wire import Refused

@@ -16,7 +16,7 @@ from typing import Any
 from agent import letters
 from agent.container_request import field, name_of
 from agent.containers import Containers
-from agent.engine import EngineError, Command
+from agent.engine import Command, EngineError
 from agent.letters import LetterError
 from agent.munge import MungeError
 from agent.wire import Refused
