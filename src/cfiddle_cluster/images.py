@@ -21,6 +21,9 @@ from cfiddle_cluster.machines import Machine
 
 BUILD_TIMEOUT_S = 1800
 
+TASK_IMAGE = "my_task_image:latest"
+"""What the image `task` is called on an engine where people work without a cluster."""
+
 _REMOVE = """
     set -eu
     {
@@ -83,6 +86,7 @@ IMAGES = {
             roles=_WORKER,
         ),
         Image("compiler", parent="sandbox", roles=_WORKER),
+        Image("task", parent="base", roles=_WORKER),
         Image(
             "user",
             sources=(
@@ -135,6 +139,17 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
                 _build(config, IMAGES[name], references, Path(scratch))
         ensure_one_python(references)
     return references
+
+
+def ensure_task_image(config: Config, report: Callable[[str], None] = print) -> str:
+    """Have the image of users' own containers on this machine, as TASK_IMAGE; return its reference.
+
+    Raises:
+        ClusterError: it cannot be built.
+    """
+    reference = build(config, report, ["task"])["task"]
+    run([docker_cli(), "tag", reference, TASK_IMAGE], timeout_s=60)
+    return reference
 
 
 def ensure_one_python(references: dict[str, str]) -> None:

@@ -51,7 +51,8 @@ class Engine:
             found = self._api.containers(all=True, filters={"label": f"{_OWNER}={self._uid}"})
             inspected = _at_once(self._inspect, [str(entry["Id"]) for entry in found])
         mine = (container for container in inspected if container and names.is_managed(container.name))
-        return sorted(mine, key=lambda container: container.created, reverse=True)
+        # The engine drops zeros at the end of a fraction, so with the Z on it a shorter one would read as the greater.
+        return sorted(mine, key=lambda container: container.created.rstrip("Z"), reverse=True)
 
     def create(self, names: Sequence[str]) -> None:
         """Create a container of each name, without starting it; all or none."""

@@ -44,7 +44,9 @@ def giving(*, timeout_s: float = 60) -> Iterator[None]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ContainerError(f"no lock can be kept at {path}: {error.strerror}", "see that it can be written") from error
+        raise ContainerError(
+            f"no lock can be kept at {path}: {error.strerror}", "see that it can be written"
+        ) from error
     try:
         _lock(descriptor, path, timeout_s)
         yield

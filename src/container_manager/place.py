@@ -43,7 +43,7 @@ class Container:
 
 
 class Place(Protocol):
-    """Where containers are. All that goes wrong is raised as a ContainerError.
+    """Where containers are. What goes wrong is raised as a ContainerError; methods may be called in many threads.
 
     Attributes:
         data: the directory, on the caller's side, that containers see as their `data`.
