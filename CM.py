@@ -6,18 +6,23 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-checkout = Path(__file__).resolve().parent
-if (checkout / "src").is_dir():
-    # A checkout: its commands have an environment with what this needs, too.
-    environment = checkout / ".venv"
-    if not (find_spec("click") and find_spec("docker")):
-        if (environment / "bin/python").exists() and Path(sys.prefix) != environment:
-            os.execv(environment / "bin/python", [environment / "bin/python", *sys.argv])
-        sys.exit(
-            "error: this Python has no click or no docker\n→ ./invoke task-image   (or: pip install click docker rich)"
-        )
-    sys.path.insert(0, str(checkout / "src"))
 
-from container_manager.cm import main
+def main() -> None:
+    """Run `cm`, from a checkout with its sources and, where this Python lacks a package, with its environment."""
+    checkout = Path(__file__).resolve().parent
+    if (checkout / "src").is_dir():
+        environment = checkout / ".venv"
+        python = environment / "bin" / "python"
+        if not (find_spec("click") and find_spec("docker")):
+            if python.exists() and Path(sys.prefix) != environment:
+                os.execv(python, [python, *sys.argv])
+            sys.exit(
+                "error: click or docker is missing here\n→ ./invoke task-image   (or: pip install click docker rich)"
+            )
+        sys.path.insert(0, str(checkout / "src"))
+    from container_manager import cm
+
+    cm.main()
+
 
 main()

@@ -82,7 +82,7 @@ def build(cluster):
 
 @cluster_task
 def task_image(cluster):
-    """Build my_task_image, which the containers of `python CM.py` are made from; that needs an engine, and no cluster."""
+    """Build my_task_image for `python CM.py`: that needs an engine, and no cluster."""
     images.ensure_task_image(cluster.config)
 
 

@@ -81,6 +81,11 @@ class Place(Protocol):
         """Remove those that do not run, with what is on their disks."""
 
 
+def in_shell(command: str) -> list[str]:
+    """Return what runs a command in a container: its two streams as one, in the order in which it writes."""
+    return [*SHELL, f"exec 2>&1; {command}"]
+
+
 def here() -> Place:
     """Return the place of this process: the cluster on its users' node, else the engine of this machine."""
     if _USERHOST.exists():
