@@ -23,6 +23,9 @@ BUILD_TIMEOUT_S = 1800
 _AT_ONCE = 3
 """A build waits for the network as often as for a CPU."""
 
+TASK_IMAGE = "my_task_image:latest"
+"""What the image `task` is called on an engine where people work without a cluster."""
+
 _REMOVE = """
     set -eu
     {
@@ -165,6 +168,17 @@ def _build_all(
                 build_of_one.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def ensure_task_image(config: Config, report: Callable[[str], None] = print) -> str:
+    """Have the image of users' own containers on this machine, as TASK_IMAGE; return its reference.
+
+    Raises:
+        ClusterError: it cannot be built.
+    """
+    reference = build(config, report, ["task"])["task"]
+    run([docker_cli(), "tag", reference, TASK_IMAGE], timeout_s=60)
+    return reference
 
 
 def ensure_one_python(references: dict[str, str]) -> None:
