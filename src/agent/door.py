@@ -101,6 +101,8 @@ class Door:
             return {"type": "containers", "containers": containers.listed(uid)}, None
         if kind == "images":
             return {"type": "images", "images": containers.images()}, None
+        if kind == "types":
+            return {"type": "types", "types": containers.types()}, None
         if kind == "outcome":
             wait_s = min(float(field(request, "wait_s", float)), _MOST_WAIT_S)
             found = containers.outcome(uid, field(request, "job", int), timeout_s=wait_s)
@@ -123,7 +125,7 @@ class Door:
                 raise Refused("field", "argv is not a list of words")
             mark = str(request["nonce"])
             return {"type": "runs"}, containers.execute(uid, name, argv, terminal=terminal, mark=mark)
-        raise Refused("field", "type is none of create, delete, exec, images, inspect, list, outcome, stop")
+        raise Refused("field", "type is none of create, delete, exec, images, inspect, list, outcome, stop, types")
 
     def _relay(self, connection: socket.socket, command: Command) -> bool:
         """Pass bytes to and fro until the command ends; return False if the caller went away before."""

@@ -20,6 +20,8 @@ SERVICE = "agent"
 _CONNECT_S = 2.0
 _ANSWER_S = 90.0
 _AT_ONCE = 64
+_STDOUT = 1
+_HEADING = 8  # of a piece of output: stream (1), nothing (3), length (4), as the engine's API has it
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,6 +61,24 @@ class Stream:
             except (OSError, EOFError, LetterError) as error:
                 raise ContainerError(f"{self._machine} went away while the command ran: {error}") from error
             yield kind, content
+
+    def relay(self, output: Callable[[int, bytes], None], *, terminal: bool = False) -> int | None:
+        """Pass on a command's output until it ends; return its exit status, None if its container ended meanwhile.
+
+        Args:
+            output: gets 1 or 2, for standard output or error, and bytes.
+            terminal: whether it has one: then all is standard output.
+        """
+        unfinished = b""
+        for kind, content in self.pieces():
+            if kind == letters.EXIT:
+                status = letters.parse(content).get("status")
+                return None if status is None else int(status)
+            if terminal:
+                output(_STDOUT, content)
+            else:
+                unfinished = _pass_on(unfinished + content, output)
+        raise AssertionError("a stream ends with an exit")
 
     def close(self) -> None:
         """Be gone; the agent ends the command then, if it still runs."""
@@ -207,3 +227,14 @@ def _connected(address: str) -> _Agent | None:
         return _Agent(address)
     except (OSError, EOFError, LetterError):
         return None
+
+
+def _pass_on(content: bytes, output: Callable[[int, bytes], None]) -> bytes:
+    """Pass on the whole pieces of the engine's; return what is left of one that has not come yet."""
+    while len(content) >= _HEADING:
+        end = _HEADING + int.from_bytes(content[4:_HEADING])
+        if len(content) < end:
+            break
+        output(content[0], content[_HEADING:end])
+        content = content[end:]
+    return content

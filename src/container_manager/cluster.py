@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import getpass
-import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 from agent import letters
-from container_manager import interrupts, names, room
+from container_manager import names, room
 from container_manager.agents import Agents, together
 from container_manager.errors import ContainerError
+from container_manager.launch import Launch, Launches
 from container_manager.place import IMAGE, SHELL, Container
 
 CPUS = 1
 MEMORY_MB = 512
 """What a container's job asks for where nobody says otherwise."""
-
-_PINNED_S = 1.0
-_LOOK_S = 1.0
-_SAY_S = 3.0
-_HEADING = 8  # of a piece of output: stream (1), nothing (3), length (4), as the engine's API has it
 
 
 class Cluster:
@@ -65,30 +59,9 @@ class Cluster:
     def start(self, containers: Sequence[Container]) -> None:
         """Have them all run, each in a job; one that never ran may come to run on another machine."""
         self.data.mkdir(exist_ok=True)
-        jobs: list[int] = []
-
-        def start_one(container: Container) -> None:
-            fresh = container.status == "created"
-            jobs.append(
-                job := room.submit(
-                    user=self._user,
-                    name=container.name,
-                    image=IMAGE if fresh else "",
-                    machine=container.machine,
-                    cpus=CPUS,
-                    memory_mb=MEMORY_MB,
-                )
-            )
-            machine = self._wait_until_running(container, job, may_move=fresh)
-            if machine != container.machine:
-                self._agents.ask(container.machine, "delete", name=container.name)
-
-        try:
-            together(start_one, [container for container in containers if not container.is_running])
-        except BaseException:
-            with interrupts.put_off():
-                room.cancel(jobs)
-            raise
+        with Launches(self._agents) as launches:
+            waiting = [self._launch(container) for container in containers if not container.is_running]
+            together(launches.start, waiting)
 
     def execute(self, container: Container, command: str, output: Callable[[bytes], None]) -> int:
         """Run a shell command in a running container; return its exit status."""
@@ -96,12 +69,10 @@ class Cluster:
         stream = self._agents.run(machine, name=container.name, argv=[*SHELL, command], terminal=False)
         with closing(stream):
             stream.send(letters.INPUT_ENDS)
-            unfinished = b""
-            for kind, content in stream.pieces():
-                if kind == letters.EXIT:
-                    return _status(letters.parse(content), container)
-                unfinished = _pass_on(unfinished + content, output)
-        raise AssertionError("a stream ends with an exit")
+            status = stream.relay(lambda _, content: output(content))
+        if status is None:
+            raise ContainerError(f"container {container.name} ended while the command ran")
+        return status
 
     def stop(self, containers: Sequence[Container]) -> None:
         """Have none of them run; their jobs end."""
@@ -141,34 +112,16 @@ class Cluster:
             free[chosen[-1]] -= MEMORY_MB
         return chosen
 
-    def _wait_until_running(self, container: Container, job: int, *, may_move: bool) -> str:
-        """Return the machine on which the container runs in the job.
-
-        Raises:
-            ContainerError: the job ended, or the agent refused it.
-        """
-        machine, pinned = container.machine, True
-        began = time.monotonic()
-        said = False
-        while True:
-            if machine and self._agents.ask(machine, "outcome", job=job, wait_s=_LOOK_S)["id"]:
-                return machine
-            found = room.job(job)
-            if found.waits:
-                if pinned and may_move and time.monotonic() - began > _PINNED_S:
-                    room.let_go_anywhere(job)
-                    pinned = False
-                if not said and time.monotonic() - began > _SAY_S:
-                    print(f"{container.name} waits for room, in job {job}: {found.reason}", file=sys.stderr)
-                    said = True
-                machine = ""
-                time.sleep(_LOOK_S)
-            elif found.state == "RUNNING":
-                machine = found.machine
-            else:
-                if found.machine:
-                    self._agents.ask(found.machine, "outcome", job=job, wait_s=0.0)  # which may know why
-                raise ContainerError(f"container {container.name} did not start: its job {job} is {found.state}")
+    def _launch(self, container: Container) -> Launch:
+        return Launch(
+            user=self._user,
+            name=container.name,
+            image=IMAGE if container.status == "created" else "",
+            machine=container.machine,
+            cpus=CPUS,
+            memory_mb=MEMORY_MB,
+            shares_cpus=True,
+        )
 
 
 def _container(machine: str, told: dict[str, Any]) -> Container:
@@ -181,21 +134,3 @@ def _container(machine: str, told: dict[str, Any]) -> Container:
         machine=machine,
         job=told["job"],
     )
-
-
-def _pass_on(content: bytes, output: Callable[[bytes], None]) -> bytes:
-    """Pass on the whole pieces of the engine's; return what is left of one that has not come yet."""
-    while len(content) >= _HEADING:
-        end = _HEADING + int.from_bytes(content[4:_HEADING])
-        if len(content) < end:
-            break
-        output(content[_HEADING:end])
-        content = content[end:]
-    return content
-
-
-def _status(told: dict[str, Any], container: Container) -> int:
-    status = told.get("status")
-    if status is None:
-        raise ContainerError(f"container {container.name} ended while the command ran")
-    return int(status)

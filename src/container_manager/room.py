@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from container_manager.errors import ContainerError
+
+if TYPE_CHECKING:
+    from container_manager.launch import Launch
 
 PARTITION = "shared"
 _SCRIPT = "/usr/local/lib/cfiddle/container-job"
@@ -26,14 +31,20 @@ class Job(NamedTuple):
         """Whether it may still get room."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return not self.waits and self.state not in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+
 
 class Machine(NamedTuple):
-    """What a machine has free for jobs."""
+    """What a machine has free for jobs; GPUs by Slurm's word for their model."""
 
     name: str
     state: str
     free_cpus: int
     free_memory_mb: int
+    free_gpus: Mapping[str, int]
 
     @property
     def takes_jobs(self) -> bool:
@@ -41,24 +52,24 @@ class Machine(NamedTuple):
         return self.state.rstrip("*+~#%$@^!-") in ("idle", "mixed", "allocated") and not self.state.endswith("*")
 
 
-def submit(
-    *, user: str, name: str, image: str, machine: str, cpus: int, memory_mb: int, options: Iterable[str] = ()
-) -> int:
+def submit(launch: Launch) -> int:
     """Submit the job in which a container shall run; return its number.
-
-    Args:
-        image: what it is made of where it is not there yet; "" if it must be there.
-        machine: where it shall run; "" for anywhere.
-        options: further ones of sbatch.
 
     Raises:
         ContainerError: Slurm does not take it.
     """
-    argv = ["sbatch", "--parsable", "--partition", PARTITION, "--job-name", name, "--oversubscribe"]
-    argv += ["--cpus-per-task", str(cpus), "--mem", f"{memory_mb}M", "--no-requeue"]
+    argv = ["sbatch", "--parsable", "--partition", PARTITION, "--job-name", launch.name]
+    argv += ["--cpus-per-task", str(launch.cpus), "--mem", f"{launch.memory_mb}M", "--no-requeue"]
     argv += ["--export", "NIL", "--chdir", "/", "--output", "/dev/null"]
-    argv += [*(["--nodelist", machine] if machine else []), *options]
-    answer = _run([*argv, _SCRIPT, user, name, image])
+    if launch.shares_cpus:
+        argv += ["--oversubscribe"]
+    if launch.machine:
+        argv += ["--nodelist", launch.machine]
+    if launch.gpus:
+        argv += ["--gres", ",".join(f"gpu:{kind}:{number}" for kind, number in Counter(launch.gpus).items())]
+    if os.getuid() == 0:  # who may submit for others
+        argv += ["--uid", launch.user]
+    answer = _run([*argv, _SCRIPT, launch.user, launch.name, launch.image, str(launch.ports)])
     return int(answer.split(";")[0])
 
 
@@ -84,13 +95,20 @@ def let_go_anywhere(number: int) -> None:
 
 def machines() -> list[Machine]:
     """Return what each machine has free, by name."""
-    form = "NodeHost:|,StateLong:|,CPUsState:|,Memory:|,AllocMem:|"
+    form = "NodeHost:|,StateLong:|,CPUsState:|,Memory:|,AllocMem:|,Gres:|,GresUsed:|"
     found = []
     for line in _run(["sinfo", "--noheader", "--Node", "--partition", PARTITION, "--Format", form]).splitlines():
-        name, state, cpus, memory_mb, allocated_mb = (field.strip() for field in line.split("|")[:5])
+        name, state, cpus, memory_mb, allocated_mb, gpus, used_gpus = (field.strip() for field in line.split("|")[:7])
+        free_gpus = _gpus(gpus)
+        free_gpus.subtract(_gpus(used_gpus))
         idle = int(cpus.split("/")[1])
-        found.append(Machine(name, state, idle, int(memory_mb) - int(allocated_mb)))
+        found.append(Machine(name, state, idle, int(memory_mb) - int(allocated_mb), free_gpus))
     return found
+
+
+def _gpus(gres: str) -> Counter[str]:
+    """Return how many GPUs of each kind stand in what sinfo says, such as `gpu:titan_xp:2(S:0)`."""
+    return Counter({kind: int(number) for kind, number in re.findall(r"gpu:([a-z0-9_]+):(\d+)", gres)})
 
 
 def _run(argv: list[str], *, known: bool = False) -> str:
