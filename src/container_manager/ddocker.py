@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from container_manager import interrupts
+from container_manager import console, names
 from container_manager.errors import ContainerError
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def create(type_: str | None, ports: int | None, image: str | None, name: str | 
     if name is None:
         default = _default_name()
         name = _asked(f"Input Container name (default: {default})", default, str, "--name")
+    names.check(name)
     click.echo("Start to create")
     fleet.create(name, image=names_of_images[picture], kind=types[kind], ports=ports)
     click.echo(name)
@@ -139,15 +140,8 @@ def create(type_: str | None, ports: int | None, image: str | None, name: str | 
 
 
 def main() -> None:
-    """Be the command; end with the exit status that fits."""
-    interrupts.raise_them()
-    try:
-        commands()
-    except ContainerError as error:
-        sys.exit(f"error: {error}")
-    except interrupts.Interrupted as interrupted:
-        click.echo("interrupted", err=True)
-        sys.exit(interrupted.exit_status)
+    """Be the command."""
+    console.be(commands)
 
 
 def _fleet() -> Fleet:

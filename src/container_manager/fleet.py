@@ -15,7 +15,7 @@ from container_manager.agents import AgentRefused, Agents, Stream
 from container_manager.errors import ContainerError
 from container_manager.launch import Launch, Launches, NoRoomError
 
-PATIENCE_S = 5.0
+PATIENCE_S = 3.0
 """Seconds that a container may wait for room: Slurm looks for some at once, and takes a moment to clear it."""
 
 
@@ -93,8 +93,7 @@ class Fleet:
 
     def find(self, name: str) -> Found:
         """Return the container of that name; a ContainerError if there is none."""
-        if not names.is_legal(name) and not self._is_administrator:
-            raise ContainerError(f"{name!r} is no name of a container: letters, digits, _ . and -, at most 63")
+        names.check(name)
         for container in self.containers():
             if container.name == name:
                 return container
@@ -138,8 +137,7 @@ class Fleet:
         """
         if self._is_administrator:
             raise ContainerError("root has no containers", "be a user: ./invoke shell --user NAME on the head")
-        if not names.is_legal(name):
-            raise ContainerError(f"{name!r} is no name of a container: letters, digits, _ . and -, at most 63")
+        names.check(name)
         with names.giving():
             if name in [container.name for container in self.containers()]:
                 raise ContainerError(f"there is a container {name} already", f"ddocker rm {name} removes it")
