@@ -121,6 +121,7 @@ def open_containers(
 
     if policy is None:
         return None
+    own_image = own.image(engine)
     containers = Containers(
         engine,
         policy,
@@ -128,7 +129,8 @@ def open_containers(
         quiet=quiet,
         homes=homes,
         home_options=own.volumes_in(engine, homes),
-        network=user_network.ensure(engine, image=own.image(engine)),
+        network=user_network.ensure(engine, image=own_image),
+        own_image=own_image,
     )
     Door(containers, address=own.address()).open()
     return containers

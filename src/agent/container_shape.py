@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from agent.checked import overlap
 from agent.container_options import Options
 from agent.container_policy import ContainerPolicy
+from agent.gpus import Gpu
 from agent.grants import Grant
 
 LABEL = "cfiddle.container"
 UID_LABEL, NAME_LABEL = "cfiddle.uid", "cfiddle.name"
 _USER_LABEL, _IMAGE_LABEL, _PORTS_LABEL = "cfiddle.user", "cfiddle.image", "cfiddle.ports"
 _CPUS_LABEL, _MEMORY_LABEL = "cfiddle.cpus", "cfiddle.memory-mb"
+_GPUS_LABEL, _MODELS_LABEL = "cfiddle.gpus", "cfiddle.gpu-models"
 
 
 class Owner(NamedTuple):
@@ -33,6 +35,7 @@ class Wanted(NamedTuple):
         image: what its owner calls the image.
         reference: what the engine knows it by.
         ports: the same outside and inside.
+        gpus: those of the machine that it gets.
     """
 
     owner: Owner
@@ -40,6 +43,7 @@ class Wanted(NamedTuple):
     image: str
     reference: str
     ports: Sequence[int] = ()
+    gpus: Sequence[Gpu] = ()
 
 
 def engine_name(uid: int, name: str) -> str:
@@ -95,10 +99,13 @@ def configuration(
             _PORTS_LABEL: ",".join(map(str, wanted.ports)),
             _CPUS_LABEL: str(cpus),
             _MEMORY_LABEL: str(memory_mb),
+            _GPUS_LABEL: ",".join(gpu.uuid for gpu in wanted.gpus),
+            _MODELS_LABEL: ",".join(gpu.model for gpu in wanted.gpus),
         },
         "HostConfig": {
             "CapAdd": [],
             "CapDrop": ["ALL"],
+            "DeviceRequests": gpu_request([gpu.uuid for gpu in wanted.gpus]),
             "IpcMode": "private",
             "LogConfig": {"Type": "none"},
             "Mounts": [*({**volume, "Target": target} for target in homes), *_volumes(options, homes)],
@@ -122,6 +129,15 @@ def limits(grant: Grant) -> dict[str, Any]:
     return found | ({"NanoCpus": grant.cpu_count * 10**9} if grant.cpu_count else {})
 
 
+def gpu_request(uuids: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what the engine is asked for so that a container has these GPUs and nvidia-smi.
+
+    NVIDIA's container toolkit, which must be on the machine, understands it.
+    """
+    capabilities = [["gpu", "compute", "utility"]]
+    return [{"Driver": "nvidia", "DeviceIDs": list(uuids), "Capabilities": capabilities}] if uuids else []
+
+
 def told(container: Mapping[str, Any], *, created: str, job: int | None) -> dict[str, Any]:
     """Return what the agent tells of a container that the engine lists.
 
@@ -143,13 +159,24 @@ def told(container: Mapping[str, Any], *, created: str, job: int | None) -> dict
         "cpus": int(labels.get(_CPUS_LABEL, 0)),
         "memory_mb": int(labels.get(_MEMORY_LABEL, 0)),
         "ports": ports(container),
+        "gpus": _listed(container, _MODELS_LABEL),
         "job": job,
     }
 
 
 def ports(container: Mapping[str, Any]) -> list[int]:
     """Return the ports that were given to a container, whether it runs or not; its labels say."""
-    return [int(port) for port in container["Labels"].get(_PORTS_LABEL, "").split(",") if port]
+    return [int(port) for port in _listed(container, _PORTS_LABEL)]
+
+
+def gpus(container: Mapping[str, Any]) -> list[str]:
+    """Return the uuids of a container's GPUs; its labels say."""
+    return _listed(container, _GPUS_LABEL)
+
+
+def _listed(container: Mapping[str, Any], label: str) -> list[str]:
+    text = container["Labels"].get(label, "")
+    return text.split(",") if text else []
 
 
 def _volumes(options: Options, homes: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import select
 import socket
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent import container_shape, ports, wire
+from agent import container_shape, gpus, ports, wire
 from agent.container_policy import ContainerPolicy
 from agent.container_shape import (
     LABEL,
@@ -84,6 +85,7 @@ class Containers:
         homes: Path,
         home_options: Callable[[str], Mapping[str, str]],
         network: str,
+        own_image: str,
     ) -> None:
         """Begin to see to it that no container runs that is in no job.
 
@@ -91,6 +93,7 @@ class Containers:
             homes: where this process sees the users' home directories.
             home_options: returns the options of a volume that is the directory of this name there.
             network: the users' network.
+            own_image: the one that this process runs in.
         """
         self._engine = engine
         self._policy = policy
@@ -99,10 +102,12 @@ class Containers:
         self._homes = homes
         self._home_options = home_options
         self._network = network
+        self._own_image = own_image
         self._changed = threading.Condition()
         self._busy: set[str] = set()
         self._held: dict[str, _Held] = {}  # by the engine's name
-        self._giving_ports = threading.Lock()
+        self._reporting = threading.Lock()
+        self._giving = threading.Lock()  # ports and GPUs
         self._outcomes: dict[int, Outcome] = {}
         self._created: dict[str, str] = {}
         self._written_mb: dict[int, float] = {}
@@ -130,6 +135,33 @@ class Containers:
                     {"name": name, "id": known["Id"], "created": known["Created"], "size": known["Size"], "owner": ""}
                 )
         return found
+
+    def gpu_report(self) -> str:
+        """Return what nvidia-smi says of this machine's GPUs; Refused where it has none."""
+        cards = gpus.found()
+        if not cards:
+            raise Refused("gpus", f"{os.uname().nodename} has no GPU")
+        wanted = {
+            "Image": self._own_image,
+            "Entrypoint": ["nvidia-smi"],
+            "Cmd": [],
+            "Tty": True,
+            "Labels": {"cfiddle.cluster": "cfiddle"},
+            "HostConfig": {
+                "CapDrop": ["ALL"],
+                "DeviceRequests": container_shape.gpu_request([gpu.uuid for gpu in cards]),
+                "NetworkMode": "none",
+                "SecurityOpt": ["no-new-privileges"],
+            },
+        }
+        with self._reporting:
+            container = self._engine.create(f"cfiddle-nvidia-smi-{time.monotonic_ns()}", wanted)
+            try:
+                self._engine.start(container)
+                self._engine.wait(container)
+                return self._engine.logs(container).decode(errors="replace").replace("\r\n", "\n")
+            finally:
+                self._engine.remove(container)
 
     def inspected(self, uid: int, name: str) -> dict[str, Any]:
         """Return what the engine knows of a container; Refused if the user has none of that name."""
@@ -278,6 +310,7 @@ class Containers:
             return self._run(wanted, grant, number_of_ports=int(request["ports"]))
         container = str(found["Id"])
         if not found["State"]["Running"]:
+            self._check_gpus(container_shape.gpus(found["Config"]), grant, but=_key(uid, name))
             if wanted_limits := limits(grant):
                 self._engine.update(container, wanted_limits)
             self._check_disk(uid)
@@ -295,9 +328,10 @@ class Containers:
         """Create a container and start it, with ports that nothing else has; it is gone if it cannot be started."""
         in_use: set[int] = set()
         while True:
-            with self._giving_ports:
+            with self._giving:
                 given = self._free_ports(number_of_ports, in_use) if number_of_ports else []
-                container = self._create(wanted._replace(ports=given), grant=grant)
+                cards = gpus.chosen(grant.gpus, gpus.found(), taken=self._gpus_in_use(but="")) if grant.gpus else []
+                container = self._create(wanted._replace(ports=given, gpus=cards), grant=grant)
             try:
                 self._engine.start(container)
                 return container
@@ -311,6 +345,26 @@ class Containers:
     def _free_ports(self, number: int, in_use: set[int]) -> list[int]:
         given = {port for container in self._engine.listed(LABEL) for port in container_shape.ports(container)}
         return ports.free(number, first=self._policy.first_port, taken=given | in_use)
+
+    def _gpus_in_use(self, *, but: str) -> set[str]:
+        """Return the uuids of the GPUs of containers that run or are about to, all but one."""
+        found = set()
+        for container in self._engine.listed(LABEL):
+            labels = container["Labels"]
+            key = engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL])
+            if key in self._held and key != but:
+                found |= set(container_shape.gpus(container))
+        return found
+
+    def _check_gpus(self, uuids: list[str], grant: Grant, *, but: str) -> None:
+        """Refuse to start a container with GPUs that its job does not have, or that another container has by now."""
+        if not uuids:
+            return
+        models = {gpu.uuid: gpus.kind(gpu.model) for gpu in gpus.found()}
+        if sorted(models.get(uuid, "") for uuid in uuids) != sorted(grant.gpus):
+            raise Refused("gpus", "the job has not the GPUs that the container was made with")
+        if taken := self._gpus_in_use(but=but) & set(uuids):
+            raise Refused("gpus", f"another container has the GPU {min(taken)} that this one was made with")
 
     def _watch(self, connection: socket.socket, container: str, held: _Held, grant: Grant) -> int | None:
         """Wait until the container ends by itself, or has to be ended; return its status, None where it has to be."""

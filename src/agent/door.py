@@ -103,6 +103,8 @@ class Door:
             return {"type": "images", "images": containers.images()}, None
         if kind == "types":
             return {"type": "types", "types": containers.types()}, None
+        if kind == "gpus":
+            return {"type": "gpus", "report": containers.gpu_report()}, None
         if kind == "outcome":
             wait_s = min(float(field(request, "wait_s", float)), _MOST_WAIT_S)
             found = containers.outcome(uid, field(request, "job", int), timeout_s=wait_s)
@@ -125,7 +127,9 @@ class Door:
                 raise Refused("field", "argv is not a list of words")
             mark = str(request["nonce"])
             return {"type": "runs"}, containers.execute(uid, name, argv, terminal=terminal, mark=mark)
-        raise Refused("field", "type is none of create, delete, exec, images, inspect, list, outcome, stop, types")
+        raise Refused(
+            "field", "type is none of create, delete, exec, gpus, images, inspect, list, outcome, stop, types"
+        )
 
     def _relay(self, connection: socket.socket, command: Command) -> bool:
         """Pass bytes to and fro until the command ends; return False if the caller went away before."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from agent.wire import Refused
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
@@ -35,11 +39,36 @@ def kind(model: str) -> str:
     return _MAKERS.sub("", re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_"))
 
 
+def chosen(kinds: Sequence[str], gpus: Sequence[Gpu], *, taken: Collection[str]) -> list[Gpu]:
+    """Return a GPU of each of these kinds that nobody has; Refused if there are not so many.
+
+    Args:
+        kinds: what a job has, each as often as it has one of them.
+        gpus: those of the machine.
+        taken: uuids of those that containers have that run.
+    """
+    free = [gpu for gpu in gpus if gpu.uuid not in taken]
+    given = []
+    for wanted in kinds:
+        match = next((gpu for gpu in free if kind(gpu.model) == wanted), None)
+        if match is None:
+            raise Refused("gpus", f"no GPU {wanted} is free on this machine")
+        free.remove(match)
+        given.append(match)
+    return given
+
+
 def gres(gpus: list[Gpu]) -> str:
     """Return the machine's GPUs as Slurm counts them, such as `gpu:titan_xp:2,gpu:h200:1`; "" for none."""
     kinds = [kind(gpu.model) for gpu in gpus]
     return ",".join(f"gpu:{name}:{kinds.count(name)}" for name in dict.fromkeys(kinds))
 
 
+def main() -> None:
+    """Print what slurmd tells of this machine's GPUs: as `--gres`, or `--kinds`, a line for each."""
+    here = found()
+    print(gres(here) if sys.argv[1] == "--gres" else "\n".join(kind(gpu.model) for gpu in here))
+
+
 if __name__ == "__main__":
-    print(gres(found()))
+    main()

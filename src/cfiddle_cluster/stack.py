@@ -16,6 +16,7 @@ import yaml
 from docker.errors import APIError
 
 from agent import policy
+from agent.container_policy import Buffer
 from cfiddle_cluster import engine, homes, registry, slurm
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
@@ -62,10 +63,10 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
             become healthy.
     """
-    _check_policy(config.root, references)
+    rules = _policy(config.root, references)
     _check_port(config.jupyter_port)
     names = _ensure_secrets(state) | _ensure_configs(config.root)
-    values = _values(config, references, names)
+    values = _values(config, references, names, rules.containers.buffer if rules.containers else Buffer())
     _drain_if_changing(values)
     # The registry's account goes with the services, so that a worker which lost an image pulls it again.
     argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
@@ -137,10 +138,12 @@ def _ensure_secrets(state: State) -> dict[str, str]:
     return names
 
 
-def _check_policy(root: Path, references: Mapping[str, str]) -> None:
-    """Find out here what every agent would find out after it was replaced."""
+def _policy(root: Path, references: Mapping[str, str]) -> policy.Policy:
+    """Return the policy; what is wrong with it is found out here, and not by every agent after it was replaced."""
     try:
-        policy.load(root / "policy.yaml", images={name: references[image] for name, image in policy.OWN_IMAGES.items()})
+        return policy.load(
+            root / "policy.yaml", images={name: references[image] for name, image in policy.OWN_IMAGES.items()}
+        )
     except policy.PolicyError as error:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 
@@ -201,7 +204,7 @@ def _variable(kind: str, name: str) -> str:
     return f"{kind}_{name.upper().replace('-', '_').replace('.', '_')}"
 
 
-def _values(config: Config, references: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+def _values(config: Config, references: Mapping[str, str], names: Mapping[str, str], buffer: Buffer) -> dict[str, str]:
     """Return everything that docker-compose.yml names in ${…}."""
     home = homes.volume_options(config)
     digest = hashlib.sha256(json.dumps(home, sort_keys=True).encode()).hexdigest()[:8]
@@ -215,6 +218,8 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "JUPYTER_PORT": str(config.jupyter_port),
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
+        "SLURMD_BUFFER_CPUS": str(buffer.cpus),
+        "SLURMD_BUFFER_MEMORY_MB": str(buffer.memory_mb),
     }
     compose = yaml.safe_load((config.root / "docker-compose.yml").read_text())
     return values | definitions(compose, values)

@@ -28,6 +28,7 @@ _SYNOPSES = {
     "start <CONTAINER_NAME>": "Start container",
     "stop <CONTAINER_NAME>": "Stop container",
     "rm <CONTAINER_NAME>": "Remove container",
+    "nvidia-smi <HOST_NAME>": "Show GPU usage",
     "create": "Create/start container with selected types",
 }
 
@@ -115,6 +116,12 @@ def stop(container_name: str) -> None:
 def rm(container_name: str) -> None:
     _fleet().remove(container_name)
     click.echo(container_name)
+
+
+@commands.command(name="nvidia-smi", help=_SYNOPSES["nvidia-smi <HOST_NAME>"])
+@click.argument("host_name")
+def nvidia_smi(host_name: str) -> None:
+    click.echo(_fleet().gpu_report(host_name), nl=False)
 
 
 @commands.command(help=f"{_SYNOPSES['create']}. What no option says is asked for.")

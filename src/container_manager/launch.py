@@ -10,7 +10,7 @@ from types import TracebackType
 
 from container_manager import interrupts, room
 from container_manager.agents import Agents
-from container_manager.errors import ContainerError
+from container_manager.errors import ContainerError, NoRoomError
 
 _PINNED_S = 1.0
 _LOOK_S = 1.0
@@ -43,10 +43,6 @@ class Launch:
     ports: int = 0
     shares_cpus: bool = False
     patience_s: float | None = None
-
-
-class NoRoomError(ContainerError):
-    """No machine has room for a container."""
 
 
 class Launches:

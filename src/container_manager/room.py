@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from container_manager.errors import ContainerError
+from container_manager.errors import ContainerError, NoRoomError
 
 if TYPE_CHECKING:
     from container_manager.launch import Launch
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PARTITION = "shared"
 _SCRIPT = "/usr/local/lib/cfiddle/container-job"
 _TIMEOUT_S = 30
+_TOO_LARGE = "Requested node configuration is not available"
+_CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powered_down", "powering_down", "reserved"}
 
 
 class Job(NamedTuple):
@@ -38,7 +40,7 @@ class Job(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What a machine has free for jobs; GPUs by Slurm's word for their model."""
+    """How a machine is, in Slurm's words as in `mixed+drain`, and what it has free; GPUs by Slurm's word for a model."""
 
     name: str
     state: str
@@ -49,7 +51,8 @@ class Machine(NamedTuple):
     @property
     def takes_jobs(self) -> bool:
         """Whether Slurm would send a job there."""
-        return self.state.rstrip("*+~#%$@^!-") in ("idle", "mixed", "allocated") and not self.state.endswith("*")
+        state, *flags = self.state.split("+")
+        return state in ("idle", "mixed", "allocated") and not _CLOSED & set(flags)
 
 
 def submit(launch: Launch) -> int:
@@ -94,16 +97,18 @@ def let_go_anywhere(number: int) -> None:
 
 
 def machines() -> list[Machine]:
-    """Return what each machine has free, by name."""
-    form = "NodeHost:|,StateLong:|,CPUsState:|,Memory:|,AllocMem:|,Gres:|,GresUsed:|"
+    """Return what each machine has free for jobs, by name."""
     found = []
-    for line in _run(["sinfo", "--noheader", "--Node", "--partition", PARTITION, "--Format", form]).splitlines():
-        name, state, cpus, memory_mb, allocated_mb, gpus, used_gpus = (field.strip() for field in line.split("|")[:7])
-        free_gpus = _gpus(gpus)
-        free_gpus.subtract(_gpus(used_gpus))
-        idle = int(cpus.split("/")[1])
-        found.append(Machine(name, state, idle, int(memory_mb) - int(allocated_mb), free_gpus))
-    return found
+    for line in _run(["scontrol", "--details", "--oneliner", "show", "nodes"]).splitlines():
+        told = dict(re.findall(r"(\w+)=(\S*)", line))
+        if PARTITION not in told.get("Partitions", "").split(","):
+            continue
+        free_gpus = _gpus(told["Gres"])
+        free_gpus.subtract(_gpus(told.get("GresUsed", "")))
+        free_mb = int(told["RealMemory"]) - int(told.get("MemSpecLimit", 0)) - int(told["AllocMem"])
+        free_cpus = int(told["CPUEfctv"]) - int(told["CPUAlloc"])
+        found.append(Machine(told["NodeName"], told["State"].lower(), free_cpus, free_mb, free_gpus))
+    return sorted(found)
 
 
 def _gpus(gres: str) -> Counter[str]:
@@ -121,5 +126,7 @@ def _run(argv: list[str], *, known: bool = False) -> str:
         raise ContainerError(f"{argv[0]} did not answer within {_TIMEOUT_S} s", "scontrol ping") from error
     if done.returncode and not (known and re.search("Invalid job id|already completing|already finished", done.stderr)):
         said = done.stderr.strip().removeprefix(f"{argv[0]}: ").removeprefix("error: ")
+        if _TOO_LARGE in said:
+            raise NoRoomError("no machine that is up has so many CPUs, so much memory or such GPUs")
         raise ContainerError(f"{argv[0]}: {said or f'exit status {done.returncode}'}")
     return done.stdout

@@ -11,6 +11,7 @@ import yaml
 from docker.errors import APIError
 
 import samples
+from agent.container_policy import Buffer
 from cfiddle_cluster import stack
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.slurm import Node
@@ -27,7 +28,7 @@ NAMES = {
 
 
 def values(**settings: str) -> dict[str, str]:
-    return stack._values(samples.config(ROOT, **settings), REFERENCES, NAMES)
+    return stack._values(samples.config(ROOT, **settings), REFERENCES, NAMES, Buffer(cpus=2, memory_mb=1024))
 
 
 def sources(service: str) -> list[str]:
@@ -106,6 +107,11 @@ def test_simulated_workers_say_what_config_sh_says_and_real_ones_what_they_have(
     assert values(LOCAL_WORKER_CPUS="8", LOCAL_WORKER_MEMORY_MB="2000")["SLURMD_CPUS"] == "8"
     assert values()["SLURMD_CPUS"] == ""
     assert values(LOCAL_WORKER_CPUS="8", WORKER_ADDRS="10.0.0.2")["SLURMD_CPUS"] == ""
+
+
+def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
+    assert values()["SLURMD_BUFFER_CPUS"] == "2"
+    assert values()["SLURMD_BUFFER_MEMORY_MB"] == "1024"
 
 
 @pytest.mark.parametrize(
