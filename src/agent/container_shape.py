@@ -15,7 +15,7 @@ from agent.grants import Grant
 
 LABEL = "cfiddle.container"
 UID_LABEL, NAME_LABEL = "cfiddle.uid", "cfiddle.name"
-_USER_LABEL, _IMAGE_LABEL, _PORTS_LABEL = "cfiddle.user", "cfiddle.image", "cfiddle.ports"
+USER_LABEL, IMAGE_LABEL, _PORTS_LABEL = "cfiddle.user", "cfiddle.image", "cfiddle.ports"
 _CPUS_LABEL, _MEMORY_LABEL = "cfiddle.cpus", "cfiddle.memory-mb"
 _GPUS_LABEL, _MODELS_LABEL = "cfiddle.gpus", "cfiddle.gpu-models"
 
@@ -94,8 +94,8 @@ def configuration(
             LABEL: "1",
             UID_LABEL: str(owner.uid),
             NAME_LABEL: wanted.name,
-            _USER_LABEL: owner.user,
-            _IMAGE_LABEL: wanted.image,
+            USER_LABEL: owner.user,
+            IMAGE_LABEL: wanted.image,
             _PORTS_LABEL: ",".join(map(str, wanted.ports)),
             _CPUS_LABEL: str(cpus),
             _MEMORY_LABEL: str(memory_mb),
@@ -151,8 +151,8 @@ def told(container: Mapping[str, Any], *, created: str, job: int | None) -> dict
         "id": str(container["Id"]),
         "name": labels[NAME_LABEL],
         "uid": int(labels[UID_LABEL]),
-        "user": labels.get(_USER_LABEL, ""),
-        "image": labels.get(_IMAGE_LABEL, container["Image"]),
+        "user": labels.get(USER_LABEL, ""),
+        "image": labels.get(IMAGE_LABEL, container["Image"]),
         "image_id": container["ImageID"],
         "status": container["State"],
         "created": created,

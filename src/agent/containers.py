@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from agent import container_shape, gpus, ports, wire
 from agent.container_policy import ContainerPolicy
 from agent.container_shape import (
+    IMAGE_LABEL,
     LABEL,
     NAME_LABEL,
     UID_LABEL,
@@ -34,6 +35,7 @@ from agent.container_shape import (
 from agent.engine import Command, Engine, EngineError
 from agent.grants import Grant, Grants
 from agent.quiet import Quiet
+from agent.user_images import Registry, UserImages, full_name
 from agent.wire import Refused
 
 RUNNING = "running"
@@ -86,6 +88,7 @@ class Containers:
         home_options: Callable[[str], Mapping[str, str]],
         network: str,
         own_image: str,
+        registry: Registry | None = None,
     ) -> None:
         """Begin to see to it that no container runs that is in no job.
 
@@ -94,6 +97,7 @@ class Containers:
             home_options: returns the options of a volume that is the directory of this name there.
             network: the users' network.
             own_image: the one that this process runs in.
+            registry: for what users commit.
         """
         self._engine = engine
         self._policy = policy
@@ -103,6 +107,7 @@ class Containers:
         self._home_options = home_options
         self._network = network
         self._own_image = own_image
+        self._user_images = UserImages(engine, registry, per_user=policy.images_per_user)
         self._changed = threading.Condition()
         self._busy: set[str] = set()
         self._held: dict[str, _Held] = {}  # by the engine's name
@@ -125,16 +130,45 @@ class Containers:
         """Return what a container may be created with, in the administrator's order."""
         return [kind._asdict() for kind in self._policy.types]
 
-    def images(self) -> list[dict[str, Any]]:
-        """Return the images that containers can be made of here: what users call them, and what the engine knows."""
+    def images(self, uid: int) -> list[dict[str, Any]]:
+        """Return the images that a user's containers can be made of here: the administrator's, then their own."""
         found = []
         for name, reference in self._policy.images.items():
             with contextlib.suppress(EngineError):
                 known = self._engine.image(reference)
-                found.append(
-                    {"name": name, "id": known["Id"], "created": known["Created"], "size": known["Size"], "owner": ""}
-                )
-        return found
+                found.append({"name": name, "owner": "", "id": known["Id"], "size": known["Size"]})
+        return found + self._user_images.listed(uid)
+
+    def commit(self, uid: int, name: str, image: str) -> None:
+        """Make an image of a container, for its owner.
+
+        Raises:
+            Refused: the user has no such container, or the image's name cannot be had.
+            EngineError: the engine does not do it; then there is no image.
+        """
+        found = self._engine.inspect(self._id(uid, name))
+        if not found["State"]["Running"] and self._quiet.lasted_s() is None:
+            raise Refused("busy", f"something is measured on {os.uname().nodename}, where {name} is; try again later")
+        if full_name(image) in map(full_name, self._policy.images):
+            raise Refused("name", f"there is an image {image} already; names of images are distinct")
+        self._check_disk(int(found["Config"]["Labels"][UID_LABEL]))
+        self._user_images.commit(str(found["Id"]), int(found["Config"]["Labels"][UID_LABEL]), image)
+
+    def fetch(self, uid: int, image: str) -> None:
+        """Have a user's image on this machine; while something is measured it is left until a container needs it."""
+        if self._quiet.lasted_s() is not None:
+            self._user_images.ensure(uid, image)
+
+    def forget(self, uid: int, image: str) -> None:
+        """Remove a user's image from this machine and from the registry; Refused where a container is made of it."""
+        for container in self._engine.listed(LABEL, *([f"{UID_LABEL}={uid}"] if uid else [])):
+            labels = container["Labels"]
+            used = labels.get(IMAGE_LABEL, "") if uid else f"u{labels[UID_LABEL]}/{labels.get(IMAGE_LABEL, '')}"
+            if full_name(used) == full_name(image):
+                raise Refused("in-use", f"container {labels[NAME_LABEL]} is made of {image}")
+        if full_name(image) in map(full_name, self._policy.images):
+            raise Refused("image", f"{image} is the administrator's")
+        self._user_images.forget(uid, image)
 
     def gpu_report(self) -> str:
         """Return what nvidia-smi says of this machine's GPUs; Refused where it has none."""
@@ -402,11 +436,8 @@ class Containers:
     # --- what both need -----------------------------------------------------------------------------------------------
 
     def _wanted(self, uid: int, user: str, name: str, image: str) -> Wanted:
-        reference = self._policy.images.get(image)
-        if reference is None:
-            known = ", ".join(self._policy.images)
-            raise Refused("image", f"there is no image {wire.shown(image)}; there are: {known}")
-        return Wanted(self._owner(uid, user), name, image, reference)
+        owner = self._owner(uid, user)
+        return Wanted(owner, name, image, self._policy.images.get(image) or self._user_images.ensure(uid, image))
 
     def _create(self, wanted: Wanted, *, grant: Grant | None) -> str:
         owner, name = wanted.owner, wanted.name

@@ -100,7 +100,7 @@ class Door:
         if kind == "list":
             return {"type": "containers", "containers": containers.listed(uid)}, None
         if kind == "images":
-            return {"type": "images", "images": containers.images()}, None
+            return {"type": "images", "images": containers.images(uid)}, None
         if kind == "types":
             return {"type": "types", "types": containers.types()}, None
         if kind == "gpus":
@@ -109,12 +109,21 @@ class Door:
             wait_s = min(float(field(request, "wait_s", float)), _MOST_WAIT_S)
             found = containers.outcome(uid, field(request, "job", int), timeout_s=wait_s)
             return {"type": "outcome", "id": found}, None
+        if kind == "fetch":
+            containers.fetch(uid, field(request, "image", str))
+            return {"type": "fetched"}, None
+        if kind == "forget":
+            containers.forget(uid, field(request, "image", str))
+            return {"type": "forgotten"}, None
         name = name_of(request, administrator=uid == 0)
         if kind == "inspect":
             return {"type": "container", "container": containers.inspected(uid, name)}, None
         if kind == "create":
             user, image = field(request, "user", str), field(request, "image", str)
             return {"type": "created", "id": containers.create(uid, user=user, name=name, image=image)}, None
+        if kind == "commit":
+            containers.commit(uid, name, field(request, "image", str))
+            return {"type": "committed"}, None
         if kind == "stop":
             containers.stop(uid, name)
             return {"type": "stopped"}, None

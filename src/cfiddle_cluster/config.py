@@ -2,6 +2,7 @@
 
 import difflib
 import ipaddress
+import itertools
 import os
 import re
 import socket
@@ -39,6 +40,7 @@ KNOBS = (
     "TUNE",
     "DOCKERHUB_USERNAME",
     "REGISTRY_PORT",
+    "USER_REGISTRY_PORT",
     "DEBIAN_RELEASE",
 )
 
@@ -97,6 +99,7 @@ class Config:
     tune: frozenset[str]
     dockerhub_username: str
     registry_port: int
+    user_registry_port: int
     debian_release: str
     state_dir: Path = STATE_DIR
 
@@ -176,10 +179,17 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         tune=frozenset(tune),
         dockerhub_username=text("DOCKERHUB_USERNAME", _REGISTRY_ACCOUNT, "account's name"),
         registry_port=number("REGISTRY_PORT", 1, 65535),
+        user_registry_port=number("USER_REGISTRY_PORT", 1, 65535),
         debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",
     )
-    if config.jupyter_port == config.registry_port:
-        faults.append(f"JUPYTER_PORT and REGISTRY_PORT are both {config.jupyter_port}")
+    ports = {
+        "JUPYTER_PORT": config.jupyter_port,
+        "REGISTRY_PORT": config.registry_port,
+        "USER_REGISTRY_PORT": config.user_registry_port,
+    }
+    for one, other in itertools.combinations(ports, 2):
+        if ports[one] == ports[other]:
+            faults.append(f"{one} and {other} are both {ports[one]}")
     if not head:
         faults.append(
             "HEAD_ADDR is empty, and the way to the first worker does not tell this machine's address; set it"

@@ -68,7 +68,7 @@ IMAGES = {
         Image("base", parent=None),
         Image("common", parent="base"),
         Image("machine"),
-        Image("registry"),
+        Image("registry", roles=_HEAD),
         Image("mysql", roles=_HEAD),
         Image(
             "cluster",

@@ -33,9 +33,11 @@ from cfiddle_cluster.services import (
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
-SECRETS = ("munge-key", "database-password", "jupyter-token")
+SECRETS = ("munge-key", "database-password", "jupyter-token", "user-registry-password", "registry-key")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
-IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "user")
+CERTIFICATES = ("ca.crt", "registry.crt")
+"""Configurations, too, but of the state."""
+IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "registry", "user")
 
 WORKER_SERVICES = ("slurmd", "agent")
 """The services that a job runs in: never replaced while one does."""
@@ -65,7 +67,7 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
     """
     rules = _policy(config.root, references)
     _check_port(config.jupyter_port)
-    names = _ensure_secrets(state) | _ensure_configs(config.root)
+    names = _ensure_secrets(state) | _ensure_configs(config.root, state)
     values = _values(config, references, names, rules.containers.buffer if rules.containers else Buffer())
     _drain_if_changing(values)
     # The registry's account goes with the services, so that a worker which lost an image pulls it again.
@@ -131,7 +133,7 @@ def _ensure_secrets(state: State) -> dict[str, str]:
     there = {item["Spec"]["Name"] for item in api.secrets()}
     names = {}
     for secret in SECRETS:
-        value = state.secret(secret).encode()
+        value = state.path("registry.key").read_bytes() if secret == "registry-key" else state.secret(secret).encode()
         names[_variable("SECRET", secret)] = name = _named(secret, value)
         if name not in there:
             api.create_secret(name, value, labels=_LABELS)
@@ -165,12 +167,13 @@ def _check_port(port: int) -> None:
             ) from error
 
 
-def _ensure_configs(root: Path) -> dict[str, str]:
+def _ensure_configs(root: Path, state: State) -> dict[str, str]:
     api = engine.client().api
     there = {item["Spec"]["Name"] for item in api.configs()}
     names = {}
-    for config, path in CONFIGS.items():
-        data = (root / path).read_bytes()
+    paths = {name: root / path for name, path in CONFIGS.items()} | {name: state.path(name) for name in CERTIFICATES}
+    for config, path in paths.items():
+        data = path.read_bytes()
         names[_variable("CONFIG", config)] = name = _named(config, data)
         if name not in there:
             api.create_config(name, data, labels=_LABELS)
@@ -216,6 +219,8 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "HOME_OPTIONS": home["o"],
         "HOME_DEVICE": home["device"],
         "JUPYTER_PORT": str(config.jupyter_port),
+        "USER_REGISTRY": registry.users_address(config),
+        "USER_REGISTRY_PORT": str(config.user_registry_port),
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
         "SLURMD_BUFFER_CPUS": str(buffer.cpus),

@@ -22,7 +22,7 @@ MUNGE_KEY_CHARACTERS = 128
 TOKEN_BYTES = 32
 CERTIFICATE_DAYS = 3650
 
-SECRETS = ("munge-key", "database-password", "jupyter-token", "registry-password")
+SECRETS = ("munge-key", "database-password", "jupyter-token", "registry-password", "user-registry-password")
 
 
 class State:

@@ -19,6 +19,8 @@ SERVICE = "agent"
 
 _CONNECT_S = 2.0
 _ANSWER_S = 90.0
+_TRANSFER_S = 1800.0
+_TRANSFERS = ("commit", "fetch")
 _AT_ONCE = 64
 _STDOUT = 1
 _HEADING = 8  # of a piece of output: stream (1), nothing (3), length (4), as the engine's API has it
@@ -104,7 +106,7 @@ class _Agent:
         with self._lock:
             reply = letters.nonce()
             known = {"v": letters.VERSION, "node": self.node, "nonce": self._nonce, "reply": reply}
-            self._connection.settimeout(_ANSWER_S)
+            self._connection.settimeout(_TRANSFER_S if request["type"] in _TRANSFERS else _ANSWER_S)
             letters.send(self._connection, letters.seal({**request, **known}))
             answer, uid = letters.unseal(letters.receive(self._connection))
             # Only root on the node that was asked can have made this answer to this question.

@@ -28,8 +28,10 @@ _SYNOPSES = {
     "start <CONTAINER_NAME>": "Start container",
     "stop <CONTAINER_NAME>": "Stop container",
     "rm <CONTAINER_NAME>": "Remove container",
+    "rmi <IMAGE_NAME>": "Remove image",
     "nvidia-smi <HOST_NAME>": "Show GPU usage",
     "create": "Create/start container with selected types",
+    "commit <CONTAINER_NAME> <IMAGE_NAME>": "Commit container",
 }
 
 Choice = TypeVar("Choice")
@@ -60,11 +62,10 @@ def ps(everything: bool) -> None:
 def images() -> None:
     fleet = _fleet()
     rows = [
-        (image.name, image.id.removeprefix("sha256:")[:12], _when(image.created), _size(image.size), image.owner)
-        + (",".join(image.machines),)
+        (image.name, image.id.removeprefix("sha256:")[:12], _size(image.size), image.owner, ",".join(image.machines))
         for image in fleet.images()
     ]
-    _print_table(("IMAGE", "IMAGE ID", "CREATED", "SIZE", "OWNER", "HOSTS"), rows)
+    _print_table(("IMAGE", "IMAGE ID", "SIZE", "OWNER", "HOSTS"), rows)
     _name_silent(fleet)
 
 
@@ -116,6 +117,25 @@ def stop(container_name: str) -> None:
 def rm(container_name: str) -> None:
     _fleet().remove(container_name)
     click.echo(container_name)
+
+
+@commands.command(help=_SYNOPSES["rmi <IMAGE_NAME>"])
+@click.argument("image_name")
+def rmi(image_name: str) -> None:
+    fleet = _fleet()
+    fleet.remove_image(image_name)
+    click.echo(image_name)
+    _name_silent(fleet)
+
+
+@commands.command(help=_SYNOPSES["commit <CONTAINER_NAME> <IMAGE_NAME>"])
+@click.argument("container_name")
+@click.argument("image_name")
+def commit(container_name: str, image_name: str) -> None:
+    fleet = _fleet()
+    fleet.commit(container_name, image_name)
+    click.echo(image_name)
+    _name_silent(fleet)
 
 
 @commands.command(name="nvidia-smi", help=_SYNOPSES["nvidia-smi <HOST_NAME>"])

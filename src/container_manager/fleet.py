@@ -25,13 +25,14 @@ class Found:
 
     Attributes:
         name: as it is called here: for root with its owner's uid, as the engine has it.
-        own_name, user: as its owner calls it, and who that is.
+        own_name, uid, user: as its owner calls it, and who that is.
         created: the engine's ISO time.
         cpus, memory_mb: what its job asks for.
     """
 
     name: str
     own_name: str
+    uid: int
     user: str
     machine: str
     image: str
@@ -60,12 +61,15 @@ class Type:
 
 @dataclass(frozen=True)
 class Image:
-    """What a container may be created from, and the machines that have it."""
+    """What a container may be created from, and the machines that have it.
+
+    Attributes:
+        owner: who committed it; "" for the administrator's.
+    """
 
     name: str
     id: str
     owner: str
-    created: str
     size: int
     machines: tuple[str, ...]
 
@@ -119,7 +123,7 @@ class Fleet:
                 known.setdefault(key, image)
                 machines.setdefault(key, []).append(machine)
         found = [
-            Image(**{name: image[name] for name in ("name", "id", "owner", "created", "size")}, machines=tuple(have))
+            Image(**{name: image[name] for name in ("name", "id", "owner", "size")}, machines=tuple(have))
             for image, have in zip(known.values(), machines.values(), strict=True)
         ]
         return sorted(found, key=lambda image: image.owner)
@@ -195,6 +199,27 @@ class Fleet:
                 raise ContainerError(f"container {name} is running", f"ddocker stop {name}") from refused
             raise
 
+    def commit(self, name: str, image: str) -> None:
+        """Make an image of a container, and have it on every machine."""
+        container = self.find(name)
+        with names.giving():
+            self._agents.ask(container.machine, "commit", name=name, image=image)
+        owned = f"u{container.uid}/{image}" if self._is_administrator else image
+        self._ask_all("fetch", image=owned)
+
+    def remove_image(self, image: str) -> None:
+        """Remove a user's image from the registry and from every machine."""
+        for container in self.containers():
+            of = f"u{container.uid}/{container.image}" if self._is_administrator else container.image
+            if _full(of) == _full(image):
+                raise ContainerError(f"container {container.name} is made of {image}", f"ddocker rm {container.name}")
+        known = {_full(found.name): found for found in self.images()}.get(_full(image))
+        if known is None:
+            raise ContainerError(f"no such image: {image}", "ddocker images shows them")
+        if not known.owner:
+            raise ContainerError(f"{image} is the administrator's", "policy.yaml says which images there are")
+        self._ask_all("forget", image=image)
+
     def execute(self, name: str, argv: Sequence[str], *, terminal: bool) -> Stream:
         """Run a command in a container that runs; return its streams."""
         return self._agents.run(self.find(name).machine, name=name, argv=list(argv), terminal=terminal)
@@ -206,10 +231,10 @@ class Fleet:
         except NoRoomError as error:
             raise NoRoomError(f"{error}\n{_free()}") from error
 
-    def _ask_all(self, kind: str) -> dict[str, dict[str, Any]]:
+    def _ask_all(self, kind: str, **fields: Any) -> dict[str, dict[str, Any]]:
         with ThreadPoolExecutor(1) as pool:
             machines = pool.submit(room.machines)
-            answers = self._agents.ask_all(kind)
+            answers = self._agents.ask_all(kind, **fields)
             self.silent = sorted({machine.name for machine in machines.result()} - set(answers))
         return answers
 
@@ -221,7 +246,7 @@ class Fleet:
             machine=machine,
             ports=tuple(told["ports"]),
             gpus=tuple(told.get("gpus", ())),
-            **{key: told[key] for key in ("user", "image", "status", "created", "cpus", "memory_mb")},
+            **{key: told[key] for key in ("uid", "user", "image", "status", "created", "cpus", "memory_mb")},
         )
 
 
@@ -236,3 +261,8 @@ def _free() -> str:
             free = machine.state
         lines.append(f"  {machine.name}: {free}")
     return "\n".join(lines)
+
+
+def _full(image: str) -> str:
+    """Return an image's name with its tag."""
+    return image if ":" in image.rpartition("/")[2] else f"{image}:latest"

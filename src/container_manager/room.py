@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """How a machine is, in Slurm's words as in `mixed+drain`, and what it has free; GPUs by Slurm's word for a model."""
+    """How a machine is, in Slurm's words as in `mixed+drain`, and what it has free; GPUs by Slurm's word."""
 
     name: str
     state: str
