@@ -40,6 +40,8 @@ from agent.wire import Refused
 
 RUNNING = "running"
 
+_CLUSTER_LABEL = "cfiddle.cluster"
+
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _LOOK_S = 0.5
 _GRACE_S = 1
@@ -138,6 +140,15 @@ class Containers:
                 known = self._engine.image(reference)
                 found.append({"name": name, "owner": "", "id": known["Id"], "size": known["Size"]})
         return found + self._user_images.listed(uid)
+
+    def amiss(self) -> dict[str, list[str]]:
+        """Return the administrator's images that are not here, and the containers here that are not the cluster's."""
+        here = [image["name"] for image in self.images(uid=0)]
+        others = [one for one in self._engine.listed() if _CLUSTER_LABEL not in (one["Labels"] or {})]
+        return {
+            "missing": [name for name in self._policy.images if name not in here],
+            "foreign": sorted(str(one["Names"][0]).removeprefix("/") for one in others),
+        }
 
     def commit(self, uid: int, name: str, image: str) -> None:
         """Make an image of a container, for its owner.

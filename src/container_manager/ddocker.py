@@ -32,6 +32,7 @@ _SYNOPSES = {
     "nvidia-smi <HOST_NAME>": "Show GPU usage",
     "create": "Create/start container with selected types",
     "commit <CONTAINER_NAME> <IMAGE_NAME>": "Commit container",
+    "setup": "Check machines, images and containers in the way (administrator)",
 }
 
 Choice = TypeVar("Choice")
@@ -166,6 +167,18 @@ def create(type_: str | None, ports: int | None, image: str | None, name: str | 
     click.echo("Successfully created!")
 
 
+@commands.command(help=_SYNOPSES["setup"])
+def setup() -> None:
+    fleet = _fleet()
+    found = fleet.amiss()
+    for machine, faults in found.items():
+        for fault in faults or ["is ready"]:
+            click.echo(f"{machine}: {fault}")
+    _name_silent(fleet)
+    if fleet.silent or any(found.values()):
+        sys.exit(1)
+
+
 def main() -> None:
     """Be the command."""
     console.be(commands)
@@ -184,8 +197,9 @@ def _chosen(heading: str, names: Sequence[str], given: str | None, option: str) 
         for number, name in enumerate(names):
             click.echo(f"{number} : {name}")
         return _asked("Select one of types (default: 0)", 0, click.IntRange(0, len(names) - 1), option)
-    if given in names:
-        return names.index(given)
+    for name in (given, f"{given}:latest"):
+        if name in names:
+            return names.index(name)
     if given.isascii() and given.isdigit() and int(given) < len(names):
         return int(given)
     raise ContainerError(f"{option} {given!r} is none of these: {'; '.join(names)}")

@@ -140,6 +140,18 @@ class Fleet:
             raise ContainerError(f"there is no machine {machine!r}; there are: {', '.join(known)}")
         return str(self._agents.ask(machine, "gpus")["report"])
 
+    def amiss(self) -> dict[str, list[str]]:
+        """Return what the administrator has to see to on each machine that answers; nothing is an empty list."""
+        if not self._is_administrator:
+            raise ContainerError("setup is the administrator's", "on the head: ./invoke setup-containers")
+        found: dict[str, list[str]] = {}
+        for machine, answer in sorted(self._ask_all("amiss").items()):
+            found[machine] = [
+                *(f"lacks the image {name}; on the head: ./invoke setup-containers" for name in answer["missing"]),
+                *(f"container {name} is not the cluster's: remove it" for name in answer["foreign"]),
+            ]
+        return found
+
     def create(self, name: str, *, image: str, kind: Type, ports: int) -> str:
         """Create a container and start it; return its machine.
 

@@ -69,10 +69,11 @@ class Launches:
             NoRoomError: it had to wait for longer than it may.
             ContainerError: the job ended, or the agent refused it.
         """
-        job = room.submit(launch)
-        with self._lock:
-            self._jobs[job] = launch
-            late = self._given_up
+        with interrupts.put_off():
+            job = room.submit(launch)
+            with self._lock:
+                self._jobs[job] = launch
+                late = self._given_up
         if late:
             room.cancel([job])
         machine = self._wait_until_running(launch, job)

@@ -119,7 +119,15 @@ def _gpus(gres: str) -> Counter[str]:
 def _run(argv: list[str], *, known: bool = False) -> str:
     """Return what a command prints. With `known` it may fail because a job has ended: that says nothing then."""
     try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        # In a session of its own: Ctrl-C at the terminal is for whoever asks, who must know what came of this.
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            start_new_session=True,
+        )
     except FileNotFoundError as error:
         raise ContainerError(f"{argv[0]} is not here: this is not a machine of a cluster") from error
     except subprocess.TimeoutExpired as error:
