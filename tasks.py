@@ -177,6 +177,18 @@ def export_logs(cluster, directory):
 
 
 @cluster_task
+def save_images(cluster, file):
+    """Write the images into one file, for a machine that cannot build them."""
+    cluster.save_images(Path(file))
+
+
+@cluster_task
+def load_images(cluster, file):
+    """Have the images of such a file here; `up` builds what it lacks."""
+    cluster.load_images(Path(file))
+
+
+@cluster_task
 def backup(cluster, file):
     """Write accounting, Slurm's state, users and secrets into one file that only root can read."""
     cluster.backup(Path(file))

@@ -121,7 +121,7 @@ def configuration(
             "LogConfig": {"Type": "none"},
             "Mounts": [{**volume, "Target": target} for target in (f"/home/{owner.user}", "/home/me")],
             "NetworkMode": network,
-            "OomScoreAdj": 500,  # where a machine runs out of memory, a container goes before what keeps the machine going
+            "OomScoreAdj": 500,  # a container goes before what keeps the machine going
             "PidsLimit": policy.processes,
             "Privileged": False,
             "RestartPolicy": {"Name": "no"},

@@ -134,7 +134,7 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
     """
     wanted = _with_parents(names)
     references = {name: reference(config, name) for name in wanted}
-    missing = [name for name in wanted if references[name] not in _existing()]
+    missing = [name for name in wanted if references[name] not in existing()]
     if missing:
         with tempfile.TemporaryDirectory(prefix="cfiddle-build-") as scratch:
             _build_all(config, missing, references, Path(scratch), report)
@@ -236,7 +236,8 @@ def _with_parents(names: Iterable[str]) -> list[str]:
     return [name for name in IMAGES if name in wanted]
 
 
-def _existing() -> set[str]:
+def existing() -> set[str]:
+    """Return the references of all images of the cluster on this machine's engine."""
     form = "{{.Repository}}:{{.Tag}}"
     return set(run([docker_cli(), "image", "ls", "--format", form, "--filter", f"label={LABEL}"], timeout_s=60).split())
 
