@@ -1,5 +1,6 @@
 """`cm task2 --slurm`: the same command, in a job."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from far import needed
 from stand_ins import SRC, program
 
 ROOT = SRC.parent
@@ -19,6 +21,7 @@ def cm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "container_manager.cm", *words]
+        (tmp_path / "setpriv").exists() or (tmp_path / "setpriv").symlink_to(needed("setpriv", "util-linux"))
         environment = {"PATH": str(tmp_path), "PYTHONPATH": str(SRC), "HOME": str(tmp_path)}
         return subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
@@ -35,6 +38,18 @@ def test_srun_runs_the_same_without_the_option(
     assert (said[-len(words) - 1 :], done.returncode) == (["cm", *words], 5)
     assert said[:4] == ["--job-name", words[0], "--partition", "shared"]
     assert "--oversubscribe" in said, "it must not take the room that its containers wait for"
+
+
+def test_interruption_reaches_the_job(tmp_path: Path) -> None:
+    program(tmp_path, "srun", "trap 'echo told; exit 138' USR1; echo runs; while :; do read -rt 0.1 <> <(:); done")
+    argv = [sys.executable, "-m", "container_manager.cm", "task3", "--slurm"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(SRC)}
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "runs\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("told\n", "interrupted\n")
+    assert process.returncode == 130
 
 
 def test_no_cluster(cm: Callable[..., subprocess.CompletedProcess[str]]) -> None:
