@@ -72,7 +72,15 @@ IMAGES = {
         Image("mysql", roles=_HEAD),
         Image(
             "cluster",
-            sources=("src/agent", "src/delegate_function", "requirements/sandbox.lock"),
+            sources=(
+                "src/agent",
+                "src/container_manager",
+                "src/delegate_function",
+                "requirements/sandbox.lock",
+                "images/user/files/etc/cfiddle",
+                "images/user/files/usr/local/bin/cm",
+                "images/user/files/usr/local/lib/cfiddle/container-job",
+            ),
             roles=_HEAD | _WORKER,
         ),
         Image("agent", sources=("src/agent",), roles=_WORKER),

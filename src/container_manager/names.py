@@ -13,7 +13,7 @@ from container_manager.errors import ContainerError
 
 PREFIX = "my_task_container"
 
-_LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+_LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 def is_legal(name: str) -> bool:
