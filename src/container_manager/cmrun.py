@@ -15,7 +15,6 @@ from container_manager.jobs import printable
 
 LOGS = "cmlogs"
 _SCRIPT = Path(__file__).with_name("job.sh")
-_FOR_SLURM = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_")
 
 
 class Minutes(click.ParamType[int]):
@@ -99,7 +98,7 @@ def cmrun(
     options += [f"--time={time}"] if time else []
     argv = ["sbatch", "--parsable", *options, str(_SCRIPT), str(retries), "pmix" if mpi else "none", *command]
     with interrupts.put_off():
-        job_id = int(jobs.ask(argv, cwd=str(directory), env=_environment()).partition(";")[0])
+        job_id = int(jobs.ask(argv, cwd=str(directory), env=jobs.environment()).partition(";")[0])
         click.echo(job_id)
     if wait:
         from container_manager import job_wait
@@ -166,15 +165,6 @@ def _ensure_logs(directory: Path) -> None:
         raise ContainerError(f"{printable(str(logs))} cannot be made: {error.strerror}") from error
     if not os.access(logs, os.W_OK | os.X_OK):
         raise ContainerError(f"{printable(str(logs))} is not yours to write to", "run cmrun elsewhere")
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment for sbatch: without settings that would change what it does."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_FOR_SLURM) or name.startswith("SLURM_CONF")
-    }
 
 
 def main() -> None:

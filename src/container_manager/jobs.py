@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from container_manager.errors import ContainerError
 
 _ANSWER_S = 20.0
 _ACCOUNTING_S = 2.0
+_SETTINGS = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")
 _RECENT = "now-1hour"
 _FIELD, _RECORD = "\x1f", "\x1e"
 _ENDED = "BOOT_FAIL,CANCELLED,COMPLETED,DEADLINE,FAILED,NODE_FAIL,OUT_OF_MEMORY,PREEMPTED,TIMEOUT"
@@ -235,6 +237,15 @@ def minutes(text: str) -> int:
 def printable(text: str) -> str:
     """Return text as a terminal can show it on one line without obeying it."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for sbatch and srun: without settings that would change what they do."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_SETTINGS) or name.startswith("SLURM_CONF")
+    }
 
 
 def ask(
