@@ -8,7 +8,7 @@ from typing import Any
 
 from invoke import Context, task
 
-from cfiddle_cluster import checks, logs, status, userhost
+from cfiddle_cluster import checks, images, logs, status, userhost
 from cfiddle_cluster.cluster import Cluster
 from cfiddle_cluster.errors import FOREIGN, ClusterError, explained
 
@@ -78,6 +78,12 @@ def nfs(cluster):
 def build(cluster):
     """Build the images; only what changed."""
     cluster.up(until="images")
+
+
+@cluster_task
+def task_image(cluster):
+    """Build my_task_image for `python CM.py`: that needs an engine, and no cluster."""
+    images.ensure_task_image(cluster.config)
 
 
 @cluster_task

@@ -127,7 +127,7 @@ def open_containers(
         grants=grants,
         quiet=quiet,
         homes=homes,
-        homes_on_machine=own.place_on_machine(engine, homes),
+        home_options=own.volumes_in(engine, homes),
         network=user_network.ensure(engine, image=own.image(engine)),
     )
     Door(containers, address=own.address()).open()

@@ -8,19 +8,21 @@ been stopped, are held by nobody.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import re
 import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent import wire
 from agent.container_policy import ContainerPolicy
-from agent.engine import Engine, EngineError, Exec
+from agent.engine import Command, Engine, EngineError
 from agent.grants import Grant, Grants
 from agent.quiet import Quiet
 from agent.wire import Refused
@@ -76,21 +78,33 @@ def engine_name(uid: int, name: str) -> str:
 
 
 def configuration(
-    owner: Owner, name: str, *, image: str, policy: ContainerPolicy, grant: Grant | None, home: str, network: str
+    owner: Owner,
+    name: str,
+    *,
+    image: str,
+    policy: ContainerPolicy,
+    grant: Grant | None,
+    home: Mapping[str, str],
+    network: str,
 ) -> dict[str, Any]:
     """Return what the engine is asked for: all of it is the policy's, the job's or fixed here.
 
     Args:
         image: what the engine knows it by.
         grant: of the job that it shall run in; None where it is only created.
-        home: where on the machine the owner's home directory is.
+        home: options of a volume that is the owner's home directory.
         network: the users' network.
     """
-    mounts = [
-        # The engine keeps the volume of the homes, and from there it mounts in no other way.
-        {"Type": "bind", "Source": home, "Target": target, "BindOptions": {"Propagation": "rslave"}}
-        for target in (f"/home/{owner.user}", "/home/me")
-    ]
+    digest = hashlib.sha256(json.dumps(sorted(home.items())).encode()).hexdigest()[:8]
+    volume = {
+        "Type": "volume",
+        "Source": f"cfiddle-home-{owner.user}-{digest}",  # a volume keeps the options that it was made with
+        "VolumeOptions": {
+            "NoCopy": True,
+            "Labels": {"cfiddle.cluster": "cfiddle"},
+            "DriverConfig": {"Name": "local", "Options": dict(home)},
+        },
+    }
     return {
         "Image": image,
         "User": f"{owner.uid}:{owner.gid}",
@@ -105,7 +119,7 @@ def configuration(
             "CapDrop": ["ALL"],
             "IpcMode": "private",
             "LogConfig": {"Type": "none"},
-            "Mounts": mounts,
+            "Mounts": [{**volume, "Target": target} for target in (f"/home/{owner.user}", "/home/me")],
             "NetworkMode": network,
             "PidsLimit": policy.processes,
             "Privileged": False,
@@ -135,14 +149,14 @@ class Containers:
         grants: Grants,
         quiet: Quiet,
         homes: Path,
-        homes_on_machine: str,
+        home_options: Callable[[str], Mapping[str, str]],
         network: str,
     ) -> None:
         """Begin to see to it that no container runs that is in no job.
 
         Args:
-            homes: where this process sees the users' home directories, and
-            homes_on_machine: where the engine finds them.
+            homes: where this process sees the users' home directories.
+            home_options: returns the options of a volume that is the directory of this name there.
             network: the users' network.
         """
         self._engine = engine
@@ -150,7 +164,7 @@ class Containers:
         self._grants = grants
         self._quiet = quiet
         self._homes = homes
-        self._homes_on_machine = homes_on_machine
+        self._home_options = home_options
         self._network = network
         self._changed = threading.Condition()
         self._busy: set[str] = set()
@@ -227,7 +241,7 @@ class Containers:
             raise found.refusal
         return found.container
 
-    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Exec:
+    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Command:
         """Run a command in a container that runs.
 
         Args:
@@ -376,7 +390,7 @@ class Containers:
             image=reference,
             policy=self._policy,
             grant=grant,
-            home=f"{self._homes_on_machine}/{owner.user}",
+            home=self._home_options(owner.user),
             network=self._network,
         )
         try:

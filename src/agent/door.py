@@ -16,7 +16,7 @@ from typing import Any
 from agent import letters
 from agent.container_request import field, name_of
 from agent.containers import Containers
-from agent.engine import EngineError, Exec
+from agent.engine import Command, EngineError
 from agent.letters import LetterError
 from agent.munge import MungeError
 from agent.wire import Refused
@@ -77,7 +77,7 @@ class Door:
         if request.get("nonce") != nonce or request.get("node") != self._node:
             raise LetterError(f"user {uid} sent a request that was not made for this connection")
         upcoming = letters.nonce()
-        command: Exec | None = None
+        command: Command | None = None
         try:
             if request.get("v") != letters.VERSION:
                 raise Refused("version", f"version {request.get('v')!r} is not spoken here; known: {letters.VERSION}")
@@ -95,7 +95,7 @@ class Door:
                 self._containers.end_command(uid, name, nonce)
         return ""
 
-    def _do(self, uid: int, request: dict[str, Any]) -> tuple[dict[str, Any], Exec | None]:
+    def _do(self, uid: int, request: dict[str, Any]) -> tuple[dict[str, Any], Command | None]:
         containers, kind = self._containers, request.get("type")
         if kind == "list":
             return {"type": "containers", "containers": containers.listed(uid)}, None
@@ -125,7 +125,7 @@ class Door:
             return {"type": "runs"}, containers.execute(uid, name, argv, terminal=terminal, mark=mark)
         raise Refused("field", "type is none of create, delete, exec, images, inspect, list, outcome, stop")
 
-    def _relay(self, connection: socket.socket, command: Exec) -> bool:
+    def _relay(self, connection: socket.socket, command: Command) -> bool:
         """Pass bytes to and fro until the command ends; return False if the caller went away before."""
         connection.settimeout(None)
         gone = threading.Event()
@@ -140,7 +140,7 @@ class Door:
             return False
         return True
 
-    def _pass_on(self, connection: socket.socket, command: Exec, gone: threading.Event) -> None:
+    def _pass_on(self, connection: socket.socket, command: Command, gone: threading.Event) -> None:
         """Pass on what comes for a command, until the caller is gone: then its output is not waited for either."""
         try:
             while True:

@@ -73,11 +73,13 @@ class Engine:
         """Return something that tells of the end of a container that runs."""
         connection = _Connection(self._path, timeout_s=None)
         try:
-            connection.request("POST", f"/containers/{container}/wait?condition=not-running")
-        except OSError as error:
+            # The engine answers at once, says the rest when the container ends, and closes: that is heard in any case.
+            path = f"/containers/{container}/wait?condition=not-running"
+            connection.request("POST", path, headers={"Connection": "close"})
+            return Ending(connection.getresponse())
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise EngineError(0, f"the engine does not answer: {error}") from error
-        return Ending(connection)
 
     def stop(self, container: str, *, grace_s: int) -> None:
         """Tell a container's first process to end, and kill all of it after some seconds; wait for that."""
@@ -104,7 +106,7 @@ class Engine:
         query = urlencode({"all": 1, "size": int(sizes), "filters": json.dumps({"label": labels})})
         return list(self._request("GET", f"/containers/json?{query}"))
 
-    def execute(self, container: str, configuration: dict[str, Any]) -> Exec:
+    def execute(self, container: str, configuration: dict[str, Any]) -> Command:
         """Run a command in a container that runs."""
         identifier = str(self._request("POST", f"/containers/{container}/exec", configuration)["Id"])
         terminal = bool(configuration.get("Tty"))
@@ -113,13 +115,11 @@ class Engine:
             headers = {"Content-Type": "application/json", "Connection": "Upgrade", "Upgrade": "tcp"}
             body = json.dumps({"Detach": False, "Tty": terminal})
             connection.request("POST", f"/exec/{identifier}/start", body, headers)
-            response = http.client.HTTPResponse(connection.sock, method="POST")
-            response.begin()
-            if response.status not in (101, 200):
-                raise EngineError(response.status, _message(response.read()))
+            if _head(connection.sock).split()[1] not in (b"101", b"200"):
+                raise EngineError(0, f"the command cannot be run: {_message(connection.sock.recv(4096))}")
             connection.sock.settimeout(None)
-            return Exec(self, identifier, connection.sock, response)
-        except (OSError, http.client.HTTPException) as error:
+            return Command(self, identifier, connection.sock)
+        except OSError as error:
             connection.close()
             raise EngineError(0, f"the engine does not answer: {error}") from error
         except BaseException:
@@ -134,6 +134,10 @@ class Engine:
     def exec_resize(self, identifier: str, *, rows: int, columns: int) -> None:
         """Tell a command's terminal its size."""
         self._request("POST", f"/exec/{identifier}/resize?h={rows}&w={columns}")
+
+    def volume(self, name: str) -> dict[str, Any]:
+        """Return what is known of a volume."""
+        return dict(self._request("GET", f"/volumes/{quote(name, safe='')}"))
 
     def network(self, name: str) -> dict[str, Any]:
         """Return what is known of a network; an EngineError of status 404 if it is not here."""
@@ -213,26 +217,26 @@ class Engine:
 class Ending:
     """Tells of the end of a container."""
 
-    def __init__(self, connection: http.client.HTTPConnection) -> None:
-        self._connection = connection
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self._response = response
 
     def fileno(self) -> int:
         """Return the descriptor that is readable once the container has ended."""
-        return int(self._connection.sock.fileno())
+        return self._response.fileno()
 
     def status(self) -> int:
         """Wait for the end and return the status of the container's first process."""
         try:
-            return int(json.loads(self._connection.getresponse().read())["StatusCode"])
+            return int(json.loads(self._response.read())["StatusCode"])
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
             raise EngineError(0, f"the engine does not say how the container ended: {error}") from error
 
     def close(self) -> None:
         """Ask no longer."""
-        self._connection.close()
+        self._response.close()
 
 
-class Exec:
+class Command:
     """A command that runs in a container.
 
     Attributes:
@@ -240,13 +244,10 @@ class Exec:
             and what it tells the length of.
     """
 
-    def __init__(
-        self, engine: Engine, identifier: str, stream: socket.socket, response: http.client.HTTPResponse
-    ) -> None:
+    def __init__(self, engine: Engine, identifier: str, stream: socket.socket) -> None:
         self.stream = stream
         self._engine = engine
         self._identifier = identifier
-        self._response = response
 
     def resize(self, *, rows: int, columns: int) -> None:
         """Tell its terminal its size."""
@@ -259,6 +260,17 @@ class Exec:
     def close(self) -> None:
         """Listen no longer; the command goes on."""
         self.stream.close()
+
+
+def _head(stream: socket.socket) -> bytes:
+    """Read the head of an answer and not a byte more: what follows is a command's output."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = stream.recv(1)
+        if not byte:
+            raise ConnectionError("it closed the connection")
+        head += byte
+    return head
 
 
 def _message(answer: bytes) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from agent.engine import Engine, EngineError
 
@@ -16,12 +18,35 @@ def place_on_machine(engine: Engine, directory: Path) -> str:
     Raises:
         EngineError: this is a container, and the directory is no mount of it.
     """
+    mount = _mount(engine, directory)
+    return str(mount["Source"]) if mount else os.fspath(directory)
+
+
+def volumes_in(engine: Engine, directory: Path) -> Callable[[str], Mapping[str, str]]:
+    """Return a function that returns the options of a volume (of the driver `local`) that is a part of a directory.
+
+    The engine mounts no part of a volume in a way that all its versions know; it can mount the same source deeper.
+
+    Raises:
+        EngineError: this is a container, and the directory is no mount of it.
+    """
+    mount = _mount(engine, directory)
+    options = (engine.volume(mount["Name"])["Options"] if mount and mount["Type"] == "volume" else None) or {
+        "type": "none",
+        "o": "bind",
+        "device": str(mount["Source"]) if mount else os.fspath(directory),
+    }
+    return lambda name: {**options, "device": f"{options['device'].rstrip('/')}/{name}"}
+
+
+def _mount(engine: Engine, directory: Path) -> dict[str, Any] | None:
+    """Return what the engine says of the mount that a directory is; None if this is no container."""
     container = _container()
     if not container:
-        return os.fspath(directory)
+        return None
     for mount in engine.inspect(container)["Mounts"]:
         if mount["Destination"] == os.fspath(directory):
-            return str(mount["Source"])
+            return dict(mount)
     raise EngineError(0, f"{directory} is no mount of the agent's container: the engine cannot find what is in it")
 
 

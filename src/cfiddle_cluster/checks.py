@@ -23,7 +23,7 @@ TEST_RUNS: Sequence[Sequence[str]] = (
     ("--durations=30", *(f"tests/{directory}" for directory in ("images", "cluster", "attacks", "faults"))),
 )
 """Unit tests have nothing in common, and wait half of the time; the others share a cluster."""
-SOURCES = ("src", "tests", "benchmarks", "tasks.py", "test_cfiddle.py")
+SOURCES = ("src", "tests", "benchmarks", "images", "tasks.py", "CM.py", "test_cfiddle.py")
 
 # What `docker stack deploy` ignores with a warning or without one, and what it rejects:
 # https://github.com/docker/cli/blob/master/cli/compose/types/types.go, and depends_on, which a swarm has no notion of.

@@ -8,8 +8,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,11 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 
 BUILD_TIMEOUT_S = 1800
+_AT_ONCE = 3
+"""A build waits for the network as often as for a CPU."""
+
+TASK_IMAGE = "my_task_image:latest"
+"""What the image `task` is called on an engine where people work without a cluster."""
 
 _REMOVE = """
     set -eu
@@ -132,11 +137,48 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
     missing = [name for name in wanted if references[name] not in _existing()]
     if missing:
         with tempfile.TemporaryDirectory(prefix="cfiddle-build-") as scratch:
-            for name in missing:
-                report(f"building {references[name]}")
-                _build(config, IMAGES[name], references, Path(scratch))
+            _build_all(config, missing, references, Path(scratch), report)
         ensure_one_python(references)
     return references
+
+
+def _build_all(
+    config: Config, names: Iterable[str], references: dict[str, str], scratch: Path, report: Callable[[str], None]
+) -> None:
+    """Build images, some at once, each after its parent; where one fails, no further one is begun."""
+    (scratch / "secrets").mkdir(mode=0o700)
+    secrets = package_access.write_build_secrets(
+        scratch / "secrets", release=config.debian_release, mounted_at="/run/secrets"
+    )
+    builds: dict[str, Future[None]] = {}
+
+    def build_one(name: str) -> None:
+        image = IMAGES[name]
+        # A parent stands before its children, so that it is never one that waits for a thread.
+        if image.parent in builds:
+            builds[image.parent].result()
+        report(f"building {references[name]}")
+        _build(config, image, references, scratch, secrets)
+
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        for name in names:
+            builds[name] = pool.submit(build_one, name)
+        try:
+            for build_of_one in builds.values():
+                build_of_one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def ensure_task_image(config: Config, report: Callable[[str], None] = print) -> str:
+    """Have the image of users' own containers on this machine, as TASK_IMAGE; return its reference.
+
+    Raises:
+        ClusterError: it cannot be built.
+    """
+    reference = build(config, report, ["task"])["task"]
+    run([docker_cli(), "tag", reference, TASK_IMAGE], timeout_s=60)
+    return reference
 
 
 def ensure_one_python(references: dict[str, str]) -> None:
@@ -199,16 +241,14 @@ def _existing() -> set[str]:
     return set(run([docker_cli(), "image", "ls", "--format", form, "--filter", f"label={LABEL}"], timeout_s=60).split())
 
 
-def _build(config: Config, image: Image, references: dict[str, str], scratch: Path) -> None:
+def _build(
+    config: Config, image: Image, references: dict[str, str], scratch: Path, secrets: Mapping[str, Path]
+) -> None:
     directory = config.root / "images" / image.name
     try:
         parent = references[image.parent] if image.parent else _ensure_debian(config, scratch)
         context = scratch / image.name
         _copy_context(config.root, image, context)
-        (scratch / "secrets").mkdir(mode=0o700, exist_ok=True)
-        secrets = package_access.write_build_secrets(
-            scratch / "secrets", release=config.debian_release, mounted_at="/run/secrets"
-        )
         argv: list[str | Path] = [docker_cli(), "build", "--progress", "plain", "--label", LABEL]
         # The machine's own network: a resolver or a proxy on its loopback address cannot be reached from a bridge.
         argv += ["--network", "host", "--build-arg", f"BASE={parent}", "--tag", references[image.name]]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from container_manager import interrupts
+from container_manager import interrupts, task2, task3
 from container_manager.errors import ContainerError, Refusal
 from container_manager.manager import MOST_AT_ONCE, Manager
 from container_manager.place import Container, here
@@ -78,6 +78,29 @@ def run(name: str | None, cmd: str | None) -> None:
     sys.exit(place.execute(container, cmd, _pass_on))
 
 
+@commands.command(name="task2")
+@click.option("--size", type=click.IntRange(1, task2.MOST), default=task2.SIZE, help="so many numbers")
+@click.option("--containers", type=click.IntRange(1, MOST_AT_ONCE), default=task2.CONTAINERS, help="so many containers")
+@click.option("--seed", type=int, help="what the numbers come from, for the same ones again")
+@click.option("--total", is_flag=True, help="also what all numbers come to")
+def task2_(size: int, containers: int, seed: int | None, total: bool) -> None:
+    """This is a parallel data processing task in which 4 containers will execute asynchronously"""
+    if size < containers:
+        raise click.UsageError(f"{size} numbers are too few for {containers} containers")
+    results = task2.run(Manager(here()), size=size, containers=containers, seed=seed, progress=_progress)
+    for position, result in enumerate(results, 1):
+        click.echo(f"result from container {position} : {result}")
+    if total:
+        click.echo(f"result from all containers : {task2.whole(results, size)}")
+
+
+@commands.command(name="task3")
+@click.option("--seed", type=click.IntRange(0, task3.MOST_SEED), help="what all chance comes from, for the same result")
+def task3_(seed: int | None) -> None:
+    """This is a linear regression implemented in Pytorch"""
+    task3.run(Manager(here()), seed=seed, output=_pass_on)
+
+
 def main() -> None:
     """Be the command; end with the exit status that fits."""
     interrupts.raise_them()
@@ -105,6 +128,10 @@ def _described(container: Container) -> dict[str, str]:
 def _pass_on(output: bytes) -> None:
     sys.stdout.buffer.write(output)
     sys.stdout.buffer.flush()
+
+
+def _progress(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _print_table(containers: Sequence[Container]) -> None:

@@ -16,7 +16,7 @@ from docker.types import Mount
 
 from container_manager import interrupts, names
 from container_manager.errors import ContainerError, Refusal
-from container_manager.place import IMAGE, SHELL, Container
+from container_manager.place import IMAGE, Container, in_shell
 
 SOCKET = "unix:///var/run/docker.sock"
 
@@ -26,8 +26,16 @@ _TIMEOUT_S = 120
 _AT_ONCE = 8
 _CONFLICT = 409
 
-# Ends every process whose environment holds $1: those of one command inherit it, wherever they have gone.
-_END = 'cd /proc && grep -lsF "$1" [0-9]*/environ | cut -d/ -f1 | xargs -r kill -KILL'
+# Ends every process whose environment holds $1: those of one command inherit it, wherever they have gone. Several
+# times, since what is about to be ended may still start another.
+_END = """
+cd /proc
+for _ in 1 2 3 4 5; do
+    pids=$(grep -lsF "$1" [0-9]*/environ | cut -d/ -f1)
+    [ -n "$pids" ] || exit 0
+    kill -KILL $pids
+done
+"""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -51,7 +59,8 @@ class Engine:
             found = self._api.containers(all=True, filters={"label": f"{_OWNER}={self._uid}"})
             inspected = _at_once(self._inspect, [str(entry["Id"]) for entry in found])
         mine = (container for container in inspected if container and names.is_managed(container.name))
-        return sorted(mine, key=lambda container: container.created, reverse=True)
+        # The engine drops zeros at the end of a fraction, so with the Z on it a shorter one would read as the greater.
+        return sorted(mine, key=lambda container: container.created.rstrip("Z"), reverse=True)
 
     def create(self, names: Sequence[str]) -> None:
         """Create a container of each name, without starting it; all or none."""
@@ -77,7 +86,7 @@ class Engine:
         """Run a shell command in a running container; return its exit status."""
         mark = f"CONTAINER_MANAGER_COMMAND={uuid.uuid4()}"
         with self._explained():
-            execution = self._api.exec_create(container.id, [*SHELL, command], environment=[mark])["Id"]
+            execution = self._api.exec_create(container.id, in_shell(command), environment=[mark])["Id"]
             try:
                 for piece in self._api.exec_start(execution, stream=True):
                     output(piece)

@@ -1,6 +1,7 @@
 """The verbs: create, delete, stop and run, over any place, with the messages that they are known by."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from container_manager import interrupts, names
 from container_manager.errors import ContainerError, Refusal
@@ -58,21 +59,23 @@ class Manager:
     def ready(self, name: str | None = None) -> Container:
         """Return one that runs, started if need be; or a new one, which goes on running after its command."""
         if name is None:
-            return self.start_new(1)[0]
+            with self.new(1) as [container]:
+                self.place.start([container])
+                return container
         container = self._find(name, "no container name {}")
         self.place.start([container])
         return container
 
-    def start_new(self, number: int) -> list[Container]:
-        """Create so many and start them; if they cannot all be started, none is left."""
-        new = self.create(number)
+    @contextmanager
+    def new(self, number: int) -> Iterator[list[Container]]:
+        """Create so many for a block; if it does not come to its end, none of them is left."""
+        containers = self.create(number)
         try:
-            self.place.start(new)
+            yield containers
         except BaseException:
             with interrupts.put_off():
-                self.discard(new)
+                self.discard(containers)
             raise
-        return new
 
     def discard(self, containers: list[Container]) -> None:
         """Stop and delete containers, whether they run or not."""

@@ -43,7 +43,7 @@ class Container:
 
 
 class Place(Protocol):
-    """Where containers are. All that goes wrong is raised as a ContainerError.
+    """Where containers are. What goes wrong is raised as a ContainerError; methods may be called in many threads.
 
     Attributes:
         data: the directory, on the caller's side, that containers see as their `data`.
@@ -79,6 +79,11 @@ class Place(Protocol):
 
     def delete(self, containers: Sequence[Container]) -> None:
         """Remove those that do not run, with what is on their disks."""
+
+
+def in_shell(command: str) -> list[str]:
+    """Return what runs a command in a container: its two streams as one, in the order in which it writes."""
+    return [*SHELL, f"exec 2>&1; {command}"]
 
 
 def here() -> Place:

@@ -32,7 +32,9 @@ def _parse(document: Any) -> Policy:
 
 
 def test_the_policy_of_this_checkout_is_valid() -> None:
-    policy = load(ROOT / "policy.yaml", images={"cfiddle-sandbox": "cfiddle-sandbox:1", "cfiddle-compiler": "cfiddle-compiler:2"})
+    policy = load(
+        ROOT / "policy.yaml", images={"cfiddle-sandbox": "cfiddle-sandbox:1", "cfiddle-compiler": "cfiddle-compiler:2"}
+    )
     assert list(policy.profiles) == ["default", "build"]
     assert policy.profiles["default"].image == "cfiddle-sandbox:1"
     assert policy.profiles["default"].command[3] == "delegate_function.inside"

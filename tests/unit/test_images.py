@@ -138,7 +138,9 @@ def test_missing_source_is_named(checkout: config.Config) -> None:
 
 def test_parents_are_built_first_and_nothing_twice(checkout: config.Config, docker: FakeDocker) -> None:
     references = images.build(checkout, lambda _text: None, ["agent", "sandbox"])
-    assert docker.built == ["cfiddle-base", "cfiddle-common", "cfiddle-agent", "cfiddle-sandbox"]
+    assert sorted(docker.built) == ["cfiddle-agent", "cfiddle-base", "cfiddle-common", "cfiddle-sandbox"]
+    for parent, child in (("base", "common"), ("common", "agent"), ("base", "sandbox")):
+        assert docker.built.index(f"cfiddle-{parent}") < docker.built.index(f"cfiddle-{child}")
     assert set(references) == {"base", "common", "agent", "sandbox"}
     docker.commands.clear()
     assert images.build(checkout, lambda _text: None, ["agent", "sandbox"]) == references

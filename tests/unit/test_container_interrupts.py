@@ -1,0 +1,55 @@
+"""Ctrl-C: it ends a command, but not in the middle of what must be whole."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from container_manager import interrupts
+from container_manager.interrupts import Interrupted
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    interrupts.raise_them()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signal_is_raised(number: int, status: int) -> None:
+    with pytest.raises(Interrupted) as caught:
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_status == status
+
+
+def test_signal_waits_for_the_end_of_what_must_be_whole() -> None:
+    done = []
+
+    def whole() -> None:
+        with interrupts.put_off():
+            with interrupts.put_off():
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+        done.append("more")
+
+    with pytest.raises(Interrupted):
+        whole()
+    assert done == ["inner", "outer"]
+
+
+def test_signal_that_was_raised_is_not_raised_again() -> None:
+    with pytest.raises(Interrupted), interrupts.put_off():
+        os.kill(os.getpid(), signal.SIGINT)
+    with interrupts.put_off():
+        pass
+
+
+def test_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupts.raise_them()
+    os.kill(os.getpid(), signal.SIGHUP)
