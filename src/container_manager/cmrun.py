@@ -82,6 +82,8 @@ def cmrun(
     What the clones write goes to cmlogs/JOB.CLONE.out and .err in the working directory, what becomes of the job to
     cmlogs/JOB.log. Defaults come from ~/.config/cfiddle/cmrun.yaml and /etc/cfiddle/cmrun.yaml.
     """
+    if not command[0]:
+        raise click.UsageError("the command is empty")
     _ensure_possible(nodes, clones, partition, time)
     directory = _working_directory()
     _ensure_logs(directory)

@@ -90,7 +90,7 @@ def _told(number: int, known: dict[str, str]) -> int:
     state = known["JobState"].split()[0].lower()
     code, _, killed = known.get("ExitCode", "0:0").partition(":")
     tries = int(known.get("Restarts", "0")) + 1
-    how = jobs.how_it_ended(state, known.get("ExitCode", "0:0"), known.get("TimeLimit", "?"))
+    how = jobs.how_it_ended(state, known.get("ExitCode", "0:0"), jobs.short(known.get("TimeLimit", "")))
     if state == "completed":
         return 0
     said = how or state

@@ -47,7 +47,8 @@ class Node:
     @property
     def takes_jobs(self) -> bool:
         """Say whether it runs jobs, now or when others have ended."""
-        return self.state in ("idle", "mixed", "allocated", "completing")  # no flag: `idle*` does not answer
+        # `-`: the scheduler has plans with it. Other flags, as in `idle*` of one that does not answer, speak against it.
+        return self.state.rstrip("-") in ("idle", "mixed", "allocated", "completing")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def ended() -> list[Job]:
         number, state, restarts, tres, where, elapsed, limit, status, end, name = record.split(_FIELD, 9)
         word = state.split()[0].lower()
         nodes = "" if where == "None assigned" else where
-        how = how_it_ended(word, status, _short(limit))
-        times = (_short(elapsed), _short(limit))
+        how = how_it_ended(word, status, short(limit))
+        times = (short(elapsed), short(limit))
         found.append((end, Job(number, name, word, int(restarts) + 1, *_resources(tres), nodes, *times, how)))
     return [job for _, job in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -303,7 +304,7 @@ def _gpus(gres: str) -> int:
     return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
 
 
-def _short(time: str) -> str:
+def short(time: str) -> str:
     """Return a time of the accounting's as squeue writes it: `00:10:05` is `10:05`."""
     return re.sub(r"^(00:)?0?(?=\d)", "", time)
 
