@@ -93,7 +93,8 @@ def cmrun(
         f"--ntasks-per-node={clones}",
         f"--partition={partition}",
         f"--job-name={printable(os.path.basename(command[0]))[:64] or 'command'}",
-        f"--output={LOGS}/%j.log",
+        # Slurm looks for its patterns in the directory's name as well.
+        f"--output={str(directory).replace('%', '%%')}/{LOGS}/%j.log",
         "--open-mode=append",
         "--requeue" if retries else "--no-requeue",
     ]
@@ -143,6 +144,10 @@ def _working_directory() -> Path:
         here = Path.cwd()
     except FileNotFoundError as error:
         raise ContainerError("the working directory is there no longer", "cd") from error
+    if "\\" in str(here):
+        raise ContainerError(
+            f"Slurm can write no log in {printable(str(here))}: it has a backslash", "run cmrun elsewhere"
+        )
     if _mount(here) == _mount(home.resolve()):
         return here
     click.echo(

@@ -341,6 +341,18 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     assert not (at_home / "cmlogs").exists()
 
 
+def test_directory_that_slurm_would_take_for_a_pattern(submitting: Path, at_home: Path, tmp_path: Path) -> None:
+    directory = at_home / "100 %j"
+    directory.mkdir()
+    assert _cmrun("true", cwd=directory, home=tmp_path).returncode == 0
+    assert f"--output={at_home}/100 %%j/cmlogs/%j.log" in submitting.read_text().split("\0")
+    directory = at_home / "a\\b"
+    directory.mkdir()
+    done = _cmrun("true", cwd=directory, home=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "it has a backslash" in done.stderr
+
+
 def test_logs_that_cannot_be_made_are_refused(submitting: Path, at_home: Path, tmp_path: Path) -> None:
     (at_home / "cmlogs").write_text("")
     done = _cmrun("true", cwd=at_home, home=tmp_path)
