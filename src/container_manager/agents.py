@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from agent import letters
 from agent.letters import LetterError
 from agent.munge import MungeError
+from container_manager import interrupts
 from container_manager.errors import ContainerError
 
 SERVICE = "agent"
@@ -204,16 +205,28 @@ def _as_gone(agent: _Agent) -> Iterator[None]:
         raise
 
 
-def together(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return what a function returns for each of these, called at once; the first error is raised."""
-    items = list(items)
-    if len(items) < 2:
-        return [function(item) for item in items]
-    pool = ThreadPoolExecutor(min(_AT_ONCE, len(items)))
+def together(
+    function: Callable[[Item], Result], items: Iterable[Item], *, giving_up: Callable[[], None] = lambda: None
+) -> list[Result]:
+    """Return what a function returns for each of these, called at once; the first error is raised.
+
+    No call is interrupted half way. When this ends, by an error or Ctrl-C too, none of them goes on.
+
+    Args:
+        function: called in threads; must have a deadline, or be ended by `giving_up`.
+        items: its arguments.
+        giving_up: called when one has failed or Ctrl-C has come, before the others are waited for.
+    """
+    pool = ThreadPoolExecutor(_AT_ONCE)
     try:
         return list(pool.map(function, items))
+    except BaseException:
+        with interrupts.put_off():
+            giving_up()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with interrupts.put_off():
+            pool.shutdown(cancel_futures=True)
 
 
 def _addresses_of(name: str) -> list[str]:

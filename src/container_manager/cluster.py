@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import getpass
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 from agent import letters
-from container_manager import interrupts, names, room
+from container_manager import names, room
 from container_manager.agents import Agents, together
 from container_manager.errors import ContainerError
-from container_manager.place import IMAGE, SHELL, Container
+from container_manager.place import IMAGE, Container, in_shell
 
 CPUS = 1
 MEMORY_MB = 512
@@ -24,6 +25,19 @@ _PINNED_S = 1.0
 _LOOK_S = 1.0
 _SAY_S = 3.0
 _HEADING = 8  # of a piece of output: stream (1), nothing (3), length (4), as the engine's API has it
+
+
+class _Start:
+    """A container that is being started.
+
+    Attributes:
+        job: that it shall run in, as soon as there is one.
+        is_wanted: whether it still shall.
+    """
+
+    def __init__(self) -> None:
+        self.job: int | None = None
+        self.is_wanted = True
 
 
 class Cluster:
@@ -37,6 +51,8 @@ class Cluster:
         self.data = Path.home() / "data"
         self._agents = Agents()
         self._user = getpass.getuser()
+        self._starting: dict[str, _Start] = {}
+        self._lock = threading.Lock()
 
     def naming(self) -> AbstractContextManager[None]:
         """See to it that nobody else gives names of this user's meanwhile."""
@@ -50,7 +66,8 @@ class Cluster:
             for told in answer["containers"]
             if names.is_managed(told["name"])
         ]
-        return sorted(found, key=lambda container: container.created, reverse=True)
+        # The engine drops zeros at the end of a fraction, so with the Z on it a shorter one would read as the greater.
+        return sorted(found, key=lambda container: container.created.rstrip("Z"), reverse=True)
 
     def create(self, new: Sequence[str]) -> None:
         """Create containers without starting them, each on the machine that has most room; all or none."""
@@ -65,35 +82,20 @@ class Cluster:
     def start(self, containers: Sequence[Container]) -> None:
         """Have them all run, each in a job; one that never ran may come to run on another machine."""
         self.data.mkdir(exist_ok=True)
-        jobs: list[int] = []
-
-        def start_one(container: Container) -> None:
-            fresh = container.status == "created"
-            jobs.append(
-                job := room.submit(
-                    user=self._user,
-                    name=container.name,
-                    image=IMAGE if fresh else "",
-                    machine=container.machine,
-                    cpus=CPUS,
-                    memory_mb=MEMORY_MB,
-                )
-            )
-            machine = self._wait_until_running(container, job, may_move=fresh)
-            if machine != container.machine:
-                self._agents.ask(container.machine, "delete", name=container.name)
-
+        idle = {container.id: container for container in containers if not container.is_running}
+        with self._lock:
+            self._starting.update({identifier: _Start() for identifier in idle})
         try:
-            together(start_one, [container for container in containers if not container.is_running])
-        except BaseException:
-            with interrupts.put_off():
-                room.cancel(jobs)
-            raise
+            together(self._start_one, idle.values(), giving_up=lambda: self._give_up(idle))
+        finally:
+            with self._lock:
+                for identifier in idle:
+                    del self._starting[identifier]
 
     def execute(self, container: Container, command: str, output: Callable[[bytes], None]) -> int:
         """Run a shell command in a running container; return its exit status."""
         machine = self._machine_of(container)
-        stream = self._agents.run(machine, name=container.name, argv=[*SHELL, command], terminal=False)
+        stream = self._agents.run(machine, name=container.name, argv=in_shell(command), terminal=False)
         with closing(stream):
             stream.send(letters.INPUT_ENDS)
             unfinished = b""
@@ -104,7 +106,8 @@ class Cluster:
         raise AssertionError("a stream ends with an exit")
 
     def stop(self, containers: Sequence[Container]) -> None:
-        """Have none of them run; their jobs end."""
+        """Have none of them run; their jobs end, also that of one that is being started meanwhile."""
+        self._give_up(container.id for container in containers)
 
         def stop_one(container: Container) -> None:
             self._agents.ask(self._machine_of(container), "stop", name=container.name)
@@ -123,8 +126,37 @@ class Cluster:
         """Return where a container is now: one that had not run may have come to another machine since."""
         if container.status != "created":
             return container.machine
-        found = {now.name: now for now in self.containers()}
-        return found[container.name].machine if container.name in found else container.machine
+        called_so = [now for now in self.containers() if now.name == container.name]
+        same = [now for now in called_so if now.id == container.id] or called_so
+        return same[0].machine if same else container.machine
+
+    def _start_one(self, container: Container) -> None:
+        fresh = container.status == "created"
+        job = room.submit(
+            user=self._user,
+            name=container.name,
+            image=IMAGE if fresh else "",
+            machine=container.machine,
+            cpus=CPUS,
+            memory_mb=MEMORY_MB,
+        )
+        start = self._starting[container.id]
+        with self._lock:
+            start.job = job
+        if not start.is_wanted:
+            room.cancel([job])
+        machine = self._wait_until_running(container, job, may_move=fresh)
+        if machine != container.machine:
+            self._agents.ask(container.machine, "delete", name=container.name)
+
+    def _give_up(self, identifiers: Iterable[str]) -> None:
+        """End the jobs of those that are being started; one that is just being submitted is ended by who does that."""
+        with self._lock:
+            given_up = [self._starting[identifier] for identifier in identifiers if identifier in self._starting]
+            for start in given_up:
+                start.is_wanted = False
+            jobs = [start.job for start in given_up if start.job is not None]
+        room.cancel(jobs)
 
     def _targets(self, number: int) -> list[str]:
         """Return the machines for so many new containers: those with most memory free, by turns."""

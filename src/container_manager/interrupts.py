@@ -1,6 +1,7 @@
 """Ctrl-C and its like: they end a command at any point, but not in the middle of what must be whole."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -43,7 +44,13 @@ def raise_them() -> None:
 
 @contextmanager
 def put_off() -> Iterator[None]:
-    """Raise what interrupts the block when it is over: for what is short, has a deadline, and must be whole."""
+    """Raise what interrupts the block when it is over: for what is short, has a deadline, and must be whole.
+
+    In another thread than the main one nothing is interrupted anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _handler.blocks += 1
     try:
         yield
