@@ -66,7 +66,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     def make(name: str, stdout: str = "", stderr: str = "", status: int = 0) -> Path:
         asked = tmp_path / name
         (directory / f"{name}.said").write_text(stdout)
-        text = f"""printf '%s\\0' "$@" >>{shlex.quote(str(asked))}; cat {shlex.quote(str(directory / f"{name}.said"))}
+        text = f"""printf '%s\\0' "$@" >>{shlex.quote(str(asked))}; env >{shlex.quote(f"{asked}.env")}; cat {shlex.quote(str(directory / f"{name}.said"))}
 printf %s {shlex.quote(stderr)} >&2; exit {status}"""
         program(directory, name, text)
         return asked
@@ -310,6 +310,7 @@ def test_command_arrives_unchanged_and_the_number_is_printed(submitting: Path, a
         options
     )
     assert "--job-name=odd name" in options
+    assert "SBATCH_PARTITION" not in Path(f"{submitting}.env").read_text(), "it would count for more than the settings"
     assert (at_home / "cmlogs").is_dir()
 
 
