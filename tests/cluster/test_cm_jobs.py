@@ -27,7 +27,10 @@ def _in(directory: str, *command: str) -> list[str]:
 
 
 def _logs(cluster: LiveCluster, directory: str) -> dict[str, str]:
-    program = "import json, pathlib; print(json.dumps({f.name: f.read_bytes().decode() for f in pathlib.Path('cmlogs').iterdir()}))"
+    program = (
+        "import json, pathlib; "
+        "print(json.dumps({file.name: file.read_bytes().decode() for file in pathlib.Path('cmlogs').iterdir()}))"
+    )
     found: dict[str, str] = json.loads(cluster.user(_in(directory, "python3", "-c", program), USER).ok())
     return found
 

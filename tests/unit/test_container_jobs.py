@@ -66,9 +66,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     def make(name: str, stdout: str = "", stderr: str = "", status: int = 0) -> Path:
         asked = tmp_path / name
         (directory / f"{name}.said").write_text(stdout)
-        text = f"""printf '%s\\0' "$@" >>{shlex.quote(str(asked))}; env >{shlex.quote(f"{asked}.env")}; cat {shlex.quote(str(directory / f"{name}.said"))}
-printf %s {shlex.quote(stderr)} >&2; exit {status}"""
-        program(directory, name, text)
+        noted, said = shlex.quote(str(asked)), shlex.quote(str(directory / f"{name}.said"))
+        text = f"printf '%s\\0' \"$@\" >>{noted}; env >{noted}.env; cat {said}; "
+        program(directory, name, f"{text}printf %s {shlex.quote(stderr)} >&2; exit {status}")
         return asked
 
     return make
