@@ -144,16 +144,14 @@ def _print_table(containers: Sequence[Container]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     in_cluster = any(container.machine for container in containers)
-    for heading in ("NAME", "STATUS", "CREATED", "IMAGE", "CONTAINER ID", *(("MACHINE", "JOB") if in_cluster else ())):
+    for heading in ("NAME", "STATUS", "CREATED", "CONTAINER ID", *(("MACHINE", "JOB") if in_cluster else ())):
         table.add_column(heading, no_wrap=True)
     for container in containers:
         created = container.created.partition(".")[0].replace("T", " ")
-        row = [container.name, container.status, created, container.image[:19], container.id[:12]]
+        row = [container.name, container.status, created, container.id[:12]]
         table.add_row(*row, *((container.machine, str(container.job or "")) if in_cluster else ()))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
+    # Wider than any row: what is cut off cannot be copied.
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":
