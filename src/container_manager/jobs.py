@@ -47,7 +47,7 @@ class Node:
     @property
     def takes_jobs(self) -> bool:
         """Say whether it runs jobs, now or when others have ended."""
-        # `-`: the scheduler has plans with it. Other flags, as in `idle*` of one that does not answer, speak against it.
+        # `-`: the scheduler has plans with it. Other flags, as in `idle*` (does not answer), speak against it.
         return self.state.rstrip("-") in ("idle", "mixed", "allocated", "completing")
 
 

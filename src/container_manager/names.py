@@ -26,6 +26,12 @@ def is_managed(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def in_order(name: str) -> tuple[str, int]:
+    """Return what names are sorted by, the tenth after the ninth."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)
+
+
 def next_names(taken: Collection[str], number: int) -> list[str]:
     """Return so many names `my_task_container_N` that are not taken, with the lowest numbers."""
     free = (name for count in itertools.count() if (name := f"{PREFIX}_{count}") not in taken)
