@@ -17,7 +17,7 @@ from cfiddle_cluster import packages
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
 
-BENCHMARKS = ("latency", "fidelity", "cluster")
+BENCHMARKS = ("latency", "fidelity", "cluster", "containers")
 TEST_RUNS: Sequence[Sequence[str]] = (
     ("--numprocesses=3", "--quiet", "tests/unit"),
     ("--durations=30", *(f"tests/{directory}" for directory in ("images", "cluster", "attacks", "faults"))),
