@@ -62,12 +62,14 @@ IMAGES = {
     for image in (
         Image("base", parent=None),
         Image("common", parent="base"),
+        Image("mpi"),
         Image("machine"),
         Image("registry"),
         Image("mysql", roles=_HEAD),
         Image(
             "cluster",
-            sources=("src/agent", "src/delegate_function", "requirements/sandbox.lock"),
+            parent="mpi",
+            sources=("src/agent", "src/delegate_function", "requirements/worker.lock"),
             roles=_HEAD | _WORKER,
         ),
         Image("agent", sources=("src/agent",), roles=_WORKER),
@@ -85,6 +87,7 @@ IMAGES = {
         Image("compiler", parent="sandbox", roles=_WORKER),
         Image(
             "user",
+            parent="mpi",
             sources=(
                 "src/agent",
                 "src/delegate_function",

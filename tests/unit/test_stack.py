@@ -77,6 +77,7 @@ def test_secrets_are_readable_for_those_alone_who_need_them() -> None:
         ("mysql", "database-password", "803"),
         ("slurmdbd", "database-password", "0"),
         ("userhost", "jupyter-token", "1000"),
+        *((name, "ssh-authority", "0") for name in ("slurmd", "userhost")),
         *((name, "munge-key", "801") for name in ("slurmdbd", "slurmctld", "slurmd", "userhost")),
     }
 
