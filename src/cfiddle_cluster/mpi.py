@@ -64,7 +64,7 @@ def test(config: Config, *, user: str, picture: Path) -> None:
 def table(measured: Mapping[str, Any]) -> str:
     """Return the measured pairs as lines, and pi."""
     nodes = measured["nodes"]
-    width = max(len(node) for node in nodes)
+    width = max(len(word) for word in ("from", *nodes))
     lines = [f"{'from':<{width}}  {'to':<{width}}  {'latency':>12}  {'bandwidth':>12}"]
     lines += [
         f"{nodes[one]:<{width}}  {nodes[other]:<{width}}  {latency:>9.1f} µs  {bandwidth:>7.0f} MB/s"

@@ -184,4 +184,5 @@ def _new_secret(name: str) -> str:
             key = Path(scratch, "key")
             run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "cfiddle-cluster", "-f", key], timeout_s=30)
             return key.read_text()
-    return secrets.token_hex(MUNGE_KEY_CHARACTERS // 2 if name == "munge-key" else TOKEN_BYTES)
+    length = MUNGE_KEY_CHARACTERS // 2 if name == "munge-key" else TOKEN_BYTES
+    return secrets.token_hex(length)

@@ -35,9 +35,8 @@ def sources(service: str) -> list[str]:
 
 
 def test_every_name_in_the_stack_file_has_a_value_and_no_value_is_unused() -> None:
-    text = "\n".join(
-        line for line in (ROOT / "docker-compose.yml").read_text().splitlines() if line.lstrip()[:1] != "#"
-    )
+    files = (ROOT / "docker-compose.yml", ROOT / "conf/ssh-port.yml")
+    text = "\n".join(line for file in files for line in file.read_text().splitlines() if line.lstrip()[:1] != "#")
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values())
 
 
