@@ -67,7 +67,7 @@ def test_session_is_gone_when_the_job_has_ended(cluster: LiveCluster, job: int) 
     cluster.slurm(f"scancel {job}")
     session.wait(timeout_s=30)
     cluster.wait_until_idle()
-    left = cluster.in_service("slurmd", f"pgrep -fa '^sleep 730|sshd-session: {OWNER}' || true", worker).ok()
+    left = cluster.in_service("slurmd", f"pgrep -fa '^(sleep 730|sshd-session: {OWNER})' || true", worker).ok()
     assert left == "", left
     said = _ssh(cluster, OWNER, worker, "echo in")
     assert REFUSED in said, said
