@@ -56,7 +56,7 @@ class State:
         for name in SECRETS:
             path = self.path(f"secrets/{name}")
             if not path.exists():
-                self.write(f"secrets/{name}", _new_secret(name))
+                self.write(f"secrets/{name}", new_secret(name))
         self._ensure_ssh_key()
         self._ensure_certificates(head_addr)
 
@@ -178,7 +178,8 @@ class State:
         os.replace(unfinished, certificate)
 
 
-def _new_secret(name: str) -> str:
+def new_secret(name: str) -> str:
+    """Return a new secret of that name: for the authority over hosts a private key of OpenSSH, for others digits."""
     if name == "ssh-authority":
         with tempfile.TemporaryDirectory() as scratch:
             key = Path(scratch, "key")

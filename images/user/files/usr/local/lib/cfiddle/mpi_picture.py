@@ -21,13 +21,13 @@ def main() -> None:
         values = np.full((len(nodes), len(nodes)), np.nan)
         for pair in measured["pairs"]:
             values[pair[0], pair[1]] = values[pair[1], pair[0]] = pair[column]
-        figure.colorbar(axes.imshow(values, cmap="viridis"), ax=axes)
+        figure.colorbar(axes.imshow(values, cmap="YlGn", vmin=0), ax=axes)
         axes.set_xticks(range(len(nodes)), nodes)
         axes.set_yticks(range(len(nodes)), nodes)
         axes.set_title(title)
         for (row, line), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axes.text(line, row, f"{value:.0f}", ha="center", va="center", color="white")
+                axes.text(line, row, f"{value:.0f}", ha="center", va="center")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     print(base64.b64encode(picture.getvalue()).decode())
