@@ -67,16 +67,18 @@ IMAGES = {
     for image in (
         Image("base", parent=None),
         Image("common", parent="base"),
+        Image("mpi"),
         Image("machine"),
         Image("registry"),
         Image("mysql", roles=_HEAD),
         Image(
             "cluster",
+            parent="mpi",
             sources=(
                 "src/agent",
                 "src/container_manager",
                 "src/delegate_function",
-                "requirements/sandbox.lock",
+                "requirements/worker.lock",
                 "images/user/files/etc/cfiddle",
                 "images/user/files/usr/local/bin/cm",
                 "images/user/files/usr/local/lib/cfiddle/container-job",
@@ -99,6 +101,7 @@ IMAGES = {
         Image("task", parent="base", roles=_WORKER),
         Image(
             "user",
+            parent="mpi",
             sources=(
                 "src/agent",
                 "src/container_manager",

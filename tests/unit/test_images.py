@@ -92,7 +92,7 @@ def test_change_renames_the_image_and_its_children_alone(checkout: config.Config
     (checkout.root / "images/common/Dockerfile").write_text("FROM something else\n")
     after = images.built(checkout)
     assert {name for name in before if before[name] != after[name]} == {
-        "common", "machine", "registry", "mysql", "cluster", "agent", "user",
+        "common", "mpi", "machine", "registry", "mysql", "cluster", "agent", "user",
     }  # fmt: skip
 
 
