@@ -110,6 +110,7 @@ def configuration(
             "LogConfig": {"Type": "none"},
             "Mounts": [*({**volume, "Target": target} for target in homes), *_volumes(options, homes)],
             "NetworkMode": network,
+            "OomScoreAdj": 500,  # a container goes before what keeps the machine going
             "PidsLimit": policy.processes,
             "PortBindings": {f"{port}/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(port)}] for port in wanted.ports},
             "Privileged": False,

@@ -125,7 +125,7 @@ class Containers:
 
     def listed(self, uid: int) -> list[dict[str, Any]]:
         """Return the user's containers, the newest first; root gets everybody's."""
-        found = self._engine.listed(LABEL, *([f"{UID_LABEL}={uid}"] if uid else []))
+        found = self._listed_of(uid) if uid else self._engine.listed(LABEL)
         return [self._told(container) for container in found]
 
     def types(self) -> list[dict[str, Any]]:
@@ -243,6 +243,7 @@ class Containers:
             if self._engine.inspect(container)["State"]["Running"]:
                 raise Refused("running", f"container {name} is running")
             self._engine.remove(container)
+        self._written_mb.pop(uid, None)  # how much is left is seen when it is looked for next
 
     def outcome(self, uid: int, job: int, *, timeout_s: float) -> str | None:
         """Wait until it is known whether a job has its container, and return the container's id; None for not yet.
@@ -428,6 +429,8 @@ class Containers:
                 if self._grants.find(held.job) != grant:
                     held.reason = held.reason or "the job ended"
                     return None
+                if held.reason:  # it was stopped while it was being started
+                    return None
         finally:
             ending.close()
 
@@ -452,7 +455,7 @@ class Containers:
 
     def _create(self, wanted: Wanted, *, grant: Grant | None) -> str:
         owner, name = wanted.owner, wanted.name
-        if len(self._engine.listed(LABEL, f"{UID_LABEL}={owner.uid}")) >= self._policy.per_user:
+        if self._others(owner.uid, name) >= self._policy.per_user:
             raise Refused("share", f"{self._policy.per_user} containers of yours are here, the most there may be")
         self._check_disk(owner.uid)
         asked = configuration(
@@ -470,6 +473,16 @@ class Containers:
             if error.status == 404:
                 raise Refused("image", f"the image {wanted.image} is not on this machine") from error
             raise
+
+    def _others(self, uid: int, name: str) -> int:
+        """Return how many other containers the user has, with those that are being created just now."""
+        with self._changed:
+            busy = {key for key in self._busy if key.startswith(engine_name(uid, ""))}
+        there = {engine_name(uid, found["Labels"][NAME_LABEL]) for found in self._listed_of(uid)}
+        return len((busy | there) - {engine_name(uid, name)})
+
+    def _listed_of(self, uid: int) -> list[dict[str, Any]]:
+        return self._engine.listed(LABEL, f"{UID_LABEL}={uid}")
 
     def _id(self, uid: int, name: str) -> str:
         """Return the id of a user's container; root's may be called as the engine does, `uUID.NAME`."""
@@ -525,7 +538,10 @@ class Containers:
         time.sleep(_ADOPTION_S)
         while True:
             try:
-                for container in self._engine.listed(LABEL):
+                there = self._engine.listed(LABEL)
+                for gone in set(self._created) - {container["Id"] for container in there}:
+                    self._created.pop(gone, None)
+                for container in there:
                     self._stop_stray(container)
             except EngineError as error:
                 log.warning("the engine does not say which containers run: %s", error)

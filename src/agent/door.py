@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 from agent import letters
@@ -21,11 +22,14 @@ from agent.letters import LetterError
 from agent.munge import MungeError
 from agent.wire import Refused
 
-_CONNECTIONS = 512
+_STRANGERS = 128
+"""So many may be there who have not said yet who they are; the next one takes the place of the oldest."""
+_CONNECTIONS_PER_USER = 64
 _PATIENCE_S = 10.0
 _IDLE_S = 300.0
 _MOST_WAIT_S = 60.0
 _PIECE = 65536
+_PAUSE_S = 0.1
 
 log = logging.getLogger("agent")
 
@@ -36,7 +40,8 @@ class Door:
     def __init__(self, containers: Containers, *, address: str, port: int = letters.PORT) -> None:
         self._containers = containers
         self._node = os.uname().nodename
-        self._room = threading.Semaphore(_CONNECTIONS)
+        self._guests: dict[socket.socket, int | None] = {}  # the oldest first; with their uids as far as they are known
+        self._lock = threading.Lock()
         self._listener = socket.create_server((address, port), backlog=256)
 
     def open(self) -> None:
@@ -45,16 +50,38 @@ class Door:
 
     def _run(self) -> None:
         while True:
-            connection, _ = self._listener.accept()
-            if not self._room.acquire(blocking=False):
-                connection.close()
-                continue
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            try:
+                connection, _ = self._listener.accept()
+                self._make_room()
+                with self._lock:
+                    self._guests[connection] = None
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no descriptor or no thread is to be had just now
+                log.warning("nobody can be let in: %s", error)
+                time.sleep(_PAUSE_S)
+
+    def _make_room(self) -> None:
+        """Turn the oldest strangers away where there are too many: who waits for nobody cannot keep others out."""
+        with self._lock:
+            strangers = [guest for guest, uid in self._guests.items() if uid is None]
+            for stranger in strangers[: len(strangers) - _STRANGERS + 1]:
+                del self._guests[stranger]
+                with contextlib.suppress(OSError):
+                    stranger.shutdown(socket.SHUT_RDWR)
+
+    def _recognise(self, connection: socket.socket, uid: int) -> None:
+        """Remember who somebody is; Refused if too many are there who are the same."""
+        with self._lock:
+            if self._guests.get(connection) is None:
+                if list(self._guests.values()).count(uid) >= _CONNECTIONS_PER_USER:
+                    raise Refused("busy", f"{_CONNECTIONS_PER_USER} connections of user {uid} are open here")
+                self._guests[connection] = uid
 
     def _serve(self, connection: socket.socket) -> None:
         try:
             connection.settimeout(_PATIENCE_S)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _notice_loss(connection)
             nonce = letters.nonce()
             greeting = {"v": letters.VERSION, "node": self._node, "nonce": nonce}
             letters.send(connection, letters.encoded(greeting))
@@ -68,8 +95,11 @@ class Door:
         except Exception:
             log.exception("a request over the network failed")
         finally:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # ends what still reads from it in another thread
             connection.close()
-            self._room.release()
+            with self._lock:
+                self._guests.pop(connection, None)
 
     def _answer(self, connection: socket.socket, nonce: str) -> str:
         """Answer one request; return the nonce of the next one, "" if there can be none on this connection."""
@@ -81,18 +111,23 @@ class Door:
         try:
             if request.get("v") != letters.VERSION:
                 raise Refused("version", f"version {request.get('v')!r} is not spoken here; known: {letters.VERSION}")
+            self._recognise(connection, uid)
             answer, command = self._do(uid, request)
         except (Refused, EngineError) as error:
             code = error.code if isinstance(error, Refused) else "engine"
             answer = {"type": "refused", "code": code, "message": str(error)}
         answer |= {"reply": request.get("reply"), "node": self._node, "nonce": upcoming}
-        letters.send(connection, letters.seal(answer, reader=uid))
         if command is None:
+            letters.send(connection, letters.seal(answer, reader=uid))
             return upcoming
-        name = str(request["name"])
         with contextlib.closing(command):
-            if not self._relay(connection, command):
-                self._containers.end_command(uid, name, nonce)
+            has_ended = False
+            try:
+                letters.send(connection, letters.seal(answer, reader=uid))
+                has_ended = self._relay(connection, command)
+            finally:
+                if not has_ended:
+                    self._containers.end_command(uid, str(request["name"]), nonce)
         return ""
 
     def _do(self, uid: int, request: dict[str, Any]) -> tuple[dict[str, Any], Command | None]:
@@ -148,13 +183,17 @@ class Door:
         """Pass bytes to and fro until the command ends; return False if the caller went away before."""
         connection.settimeout(None)
         gone = threading.Event()
-        threading.Thread(target=self._pass_on, args=(connection, command, gone), daemon=True).start()
+        passing = threading.Thread(target=self._pass_on, args=(connection, command, gone), daemon=True)
+        passing.start()
         try:
-            while data := command.stream.recv(_PIECE):
+            while data := _output(command):
                 letters.send_piece(connection, letters.OUTPUT, data)
             if gone.is_set():
                 return False
             letters.send_piece(connection, letters.EXIT, letters.encoded({"status": command.status()}))
+            # What the caller still sends is taken: a connection that is closed before could lose what was said last.
+            connection.shutdown(socket.SHUT_WR)
+            passing.join(_PATIENCE_S)
         except OSError:
             return False
         return True
@@ -165,9 +204,11 @@ class Door:
             while True:
                 kind, content = letters.receive_piece(connection)
                 if kind == letters.INPUT:
-                    command.stream.sendall(content)
+                    with contextlib.suppress(OSError):  # it has ended, and reads no more
+                        command.stream.sendall(content)
                 elif kind == letters.INPUT_ENDS:
-                    command.stream.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(OSError):
+                        command.stream.shutdown(socket.SHUT_WR)
                 elif kind == letters.SIZE:
                     size = letters.parse(content)
                     command.resize(rows=field(size, "rows", int), columns=field(size, "columns", int))
@@ -177,3 +218,18 @@ class Door:
             gone.set()
             with contextlib.suppress(OSError):
                 command.stream.shutdown(socket.SHUT_RDWR)
+
+
+def _output(command: Command) -> bytes:
+    """Return what a command writes next; nothing where it has ended, be it with input left that it did not read."""
+    try:
+        return command.stream.recv(_PIECE)
+    except ConnectionError:
+        return b""
+
+
+def _notice_loss(connection: socket.socket) -> None:
+    """Have a connection end within two minutes whose other side has gone without a word."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -97,12 +97,16 @@ def unseal(content: bytes) -> tuple[dict[str, Any], int]:
 def parse(content: bytes) -> dict[str, Any]:
     """Return the JSON object that bytes hold; a LetterError if they hold anything else."""
     try:
-        message = json.loads(content)
+        message = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise LetterError(f"a letter holds no JSON object: {error}") from error
     if not isinstance(message, dict):
         raise LetterError("a letter holds no JSON object")
     return message
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -16,13 +16,18 @@ NAME = "cfiddle-users"
 _RULES = r"""
     set -eu
     rule() { chain=$1; shift; iptables -w -C "$chain" "$@" 2>/dev/null || iptables -w -I "$chain" "$@"; }
-    iptables -w -N CFIDDLE-USERS 2>/dev/null || iptables -w -F CFIDDLE-USERS
-    iptables -w -A CFIDDLE-USERS -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN
-    for private in 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 \
-        172.16.0.0/12 192.168.0.0/16 224.0.0.0/3; do
-        iptables -w -A CFIDDLE-USERS -d "$private" -j REJECT
-    done
-    iptables -w -A CFIDDLE-USERS -j RETURN
+    # At once: in a chain that is empty for a moment, a connection could be made that is ESTABLISHED from then on.
+    {
+        echo "*filter"
+        echo ":CFIDDLE-USERS - [0:0]"
+        echo "-A CFIDDLE-USERS -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"
+        for private in 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 \
+            172.16.0.0/12 192.168.0.0/16 224.0.0.0/3; do
+            echo "-A CFIDDLE-USERS -d $private -j REJECT"
+        done
+        echo "-A CFIDDLE-USERS -j RETURN"
+        echo "COMMIT"
+    } | iptables-restore -w --noflush
     rule DOCKER-USER -i "$1" -j CFIDDLE-USERS
     rule INPUT -i "$1" -j REJECT
     rule INPUT -i "$1" -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT

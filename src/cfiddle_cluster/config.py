@@ -2,13 +2,13 @@
 
 import difflib
 import ipaddress
-import itertools
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from cfiddle_cluster.errors import ClusterError
@@ -36,6 +36,7 @@ KNOBS = (
     "HOME_STORAGE",
     "HOME_SERVER",
     "JUPYTER_PORT",
+    "SSH_PORT",
     "CALIBRATION_LIMIT",
     "TUNE",
     "DOCKERHUB_USERNAME",
@@ -78,6 +79,7 @@ class Config:
         root: the checkout.
         local_worker_cpus: CPUs of a simulated worker as told to Slurm; 0 for the machine's own, shared out.
         local_worker_memory_mb: its memory in megabytes; 0 likewise.
+        ssh_port: of the users' node, for SSH from elsewhere; 0 for none.
         calibration_limit: percent by which a worker may be slower than its fellows.
         tune: which of `TUNABLE` may be set on real workers.
         state_dir: where secrets and the list of users are kept.
@@ -95,6 +97,7 @@ class Config:
     home_storage: str
     home_server: str
     jupyter_port: int
+    ssh_port: int
     calibration_limit: int
     tune: frozenset[str]
     dockerhub_username: str
@@ -175,6 +178,7 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         home_storage=storage,
         home_server=server,
         jupyter_port=number("JUPYTER_PORT", 1, 65535),
+        ssh_port=number("SSH_PORT", 1, 65535) if settings.get("SSH_PORT") else 0,
         calibration_limit=number("CALIBRATION_LIMIT", 1, 1000),
         tune=frozenset(tune),
         dockerhub_username=text("DOCKERHUB_USERNAME", _REGISTRY_ACCOUNT, "account's name"),
@@ -186,10 +190,13 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         "JUPYTER_PORT": config.jupyter_port,
         "REGISTRY_PORT": config.registry_port,
         "USER_REGISTRY_PORT": config.user_registry_port,
+        "SSH_PORT": config.ssh_port,
     }
-    for one, other in itertools.combinations(ports, 2):
-        if ports[one] == ports[other]:
-            faults.append(f"{one} and {other} are both {ports[one]}")
+    faults += [
+        f"{one} and {other} are both {ports[one]}"
+        for one, other in combinations(ports, 2)
+        if ports[one] == ports[other]
+    ]
     if not head:
         faults.append(
             "HEAD_ADDR is empty, and the way to the first worker does not tell this machine's address; set it"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from agent import letters
 from agent.letters import LetterError
 from agent.munge import MungeError
+from container_manager import interrupts
 from container_manager.errors import ContainerError
 
 SERVICE = "agent"
@@ -98,44 +99,47 @@ class _Agent:
         except BaseException:
             self._connection.close()
             raise
+        self.address = address
         self.node = str(greeting.get("node"))
+        self.is_open = True
         self._nonce = greeting.get("nonce")
-        self._lock = threading.Lock()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            reply = letters.nonce()
-            known = {"v": letters.VERSION, "node": self.node, "nonce": self._nonce, "reply": reply}
-            self._connection.settimeout(_TRANSFER_S if request["type"] in _TRANSFERS else _ANSWER_S)
-            letters.send(self._connection, letters.seal({**request, **known}))
-            answer, uid = letters.unseal(letters.receive(self._connection))
-            # Only root on the node that was asked can have made this answer to this question.
-            if uid != 0 or answer.get("reply") != reply or answer.get("node") != self.node:
-                raise LetterError("the answer is not from this node's agent")
-            self._nonce = answer["nonce"]
+        reply = letters.nonce()
+        known = {"v": letters.VERSION, "node": self.node, "nonce": self._nonce, "reply": reply}
+        self._connection.settimeout(_TRANSFER_S if request["type"] in _TRANSFERS else _ANSWER_S)
+        letters.send(self._connection, letters.seal({**request, **known}))
+        answer, uid = letters.unseal(letters.receive(self._connection))
+        # Only root on the node that was asked can have made this answer to this question.
+        if uid != 0 or answer.get("reply") != reply or answer.get("node") != self.node:
+            raise LetterError("the answer is not from this node's agent")
+        self._nonce = answer["nonce"]
         if answer["type"] == "refused":
             raise AgentRefused(str(answer["code"]), str(answer["message"]))
         return answer
 
     def release(self) -> socket.socket:
+        self.is_open = False
         self._connection.settimeout(None)
         return self._connection
 
     def close(self) -> None:
+        self.is_open = False
         self._connection.close()
 
 
 class Agents:
-    """The agents of all machines; connections to them are made once and kept."""
+    """The agents of all machines; connections to them are made as they are needed, and kept."""
 
     def __init__(self) -> None:
-        self._connected: dict[str, _Agent] | None = None
+        self._found: dict[str, str] | None = None
+        self._free: dict[str, list[_Agent]] = {}
         self._lock = threading.Lock()
 
     @property
     def machines(self) -> list[str]:
         """The machines whose agents answer."""
-        return sorted(self._agents())
+        return sorted(self._addresses())
 
     def ask_all(self, kind: str, **fields: Any) -> dict[str, dict[str, Any]]:
         """Ask all at once; return the answers of those that answer, by machine.
@@ -159,64 +163,95 @@ class Agents:
         try:
             return self._ask(machine, {"type": kind, **fields})
         except _Gone as error:
-            raise ContainerError(f"{machine} does not answer: {error}", "sinfo shows how the machines are") from error
+            raise _no_answer(machine, error) from error
 
     def run(self, machine: str, **fields: Any) -> Stream:
         """Run a command in a container and return its streams; errors as of `ask`."""
-        self.ask(machine, "exec", **fields)
-        with self._lock:
-            agent = self._agents().pop(machine)
+        try:
+            agent = self._taken(machine)
+            with _as_gone(agent):
+                agent.ask({"type": "exec", **fields})
+        except _Gone as error:
+            raise _no_answer(machine, error) from error
         return Stream(agent.release(), machine)
 
-    def close(self) -> None:
-        """Close all connections."""
-        for agent in (self._connected or {}).values():
-            agent.close()
-        self._connected = None
-
     def _ask(self, machine: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        agent = self._agents().get(machine) or self._again(machine)
+        agent = self._taken(machine)
         try:
-            return agent.ask(request)
-        except MungeError as error:
-            raise ContainerError(f"{error}", "is munged running here?") from error
-        except (OSError, EOFError, LetterError) as error:
-            agent.close()
-            self._agents().pop(machine, None)
-            raise _Gone(str(error)) from error
+            with _as_gone(agent):
+                return agent.ask(request)
+        finally:
+            if agent.is_open:
+                with self._lock:
+                    self._free.setdefault(machine, []).append(agent)
 
-    def _agents(self) -> dict[str, _Agent]:
-        if self._connected is None:
-            found = together(_connected, _addresses(SERVICE))
-            self._connected = {agent.node: agent for agent in found if agent}
-        return self._connected
+    def _taken(self, machine: str) -> _Agent:
+        """Return a connection that nobody else uses meanwhile."""
+        addresses = self._addresses()
+        with self._lock:
+            if self._free.get(machine):
+                return self._free[machine].pop()
+        agent = _connected(addresses[machine]) if machine in addresses else None
+        if agent is None:
+            raise _Gone("its agent is not there")
+        return agent
 
-    def _again(self, machine: str) -> _Agent:
-        """Connect once more to a machine whose connection is used up."""
-        for agent in filter(None, together(_connected, _addresses(SERVICE))):
-            if agent.node == machine:
-                self._agents()[machine] = agent
-            else:
-                agent.close()
-        try:
-            return self._agents()[machine]
-        except KeyError:
-            raise _Gone("its agent is not there") from None
+    def _addresses(self) -> dict[str, str]:
+        with self._lock:
+            if self._found is None:
+                found = [agent for agent in together(_connected, _addresses_of(SERVICE)) if agent]
+                self._free = {agent.node: [agent] for agent in found}
+                self._found = {agent.node: agent.address for agent in found}
+            return self._found
 
 
-def together(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return what a function returns for each of these, called at once; the first error is raised."""
-    items = list(items)
-    if len(items) < 2:
-        return [function(item) for item in items]
-    pool = ThreadPoolExecutor(min(_AT_ONCE, len(items)))
+def _no_answer(machine: str, error: _Gone) -> ContainerError:
+    return ContainerError(f"{machine} does not answer: {error}", "sinfo shows how the machines are")
+
+
+@contextlib.contextmanager
+def _as_gone(agent: _Agent) -> Iterator[None]:
+    """Let whatever goes wrong with a connection close it, and be one error."""
+    try:
+        yield
+    except AgentRefused:
+        raise
+    except MungeError as error:
+        agent.close()
+        raise ContainerError(f"{error}", "is munged running here?") from error
+    except (OSError, EOFError, LetterError) as error:
+        agent.close()
+        raise _Gone(str(error)) from error
+    except BaseException:
+        agent.close()
+        raise
+
+
+def together(
+    function: Callable[[Item], Result], items: Iterable[Item], *, giving_up: Callable[[], None] = lambda: None
+) -> list[Result]:
+    """Return what a function returns for each of these, called at once; the first error is raised.
+
+    No call is interrupted half way. When this ends, by an error or Ctrl-C too, none of them goes on.
+
+    Args:
+        function: called in threads; must have a deadline, or be ended by `giving_up`.
+        items: its arguments.
+        giving_up: called when one has failed or Ctrl-C has come, before the others are waited for.
+    """
+    pool = ThreadPoolExecutor(_AT_ONCE)
     try:
         return list(pool.map(function, items))
+    except BaseException:
+        with interrupts.put_off():
+            giving_up()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with interrupts.put_off():
+            pool.shutdown(cancel_futures=True)
 
 
-def _addresses(name: str) -> list[str]:
+def _addresses_of(name: str) -> list[str]:
     try:
         found = socket.getaddrinfo(name, letters.PORT, socket.AF_INET, socket.SOCK_STREAM)
     except OSError as error:

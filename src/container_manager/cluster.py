@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from container_manager import names, room
 from container_manager.agents import Agents, together
 from container_manager.errors import ContainerError
 from container_manager.launch import Launch, Launches
-from container_manager.place import IMAGE, SHELL, Container
+from container_manager.place import IMAGE, Container, in_shell
 
 CPUS = 1
 MEMORY_MB = 512
@@ -30,7 +31,8 @@ class Cluster:
     def __init__(self) -> None:
         self.data = Path.home() / "data"
         self._agents = Agents()
-        self._user = getpass.getuser()
+        self._user = pwd.getpwuid(os.getuid()).pw_name
+        self._launches = Launches(self._agents)
 
     def naming(self) -> AbstractContextManager[None]:
         """See to it that nobody else gives names of this user's meanwhile."""
@@ -44,7 +46,12 @@ class Cluster:
             for told in answer["containers"]
             if names.is_managed(told["name"])
         ]
-        return sorted(found, key=lambda container: container.created, reverse=True)
+
+        def age(container: Container) -> tuple[str, tuple[str, int]]:
+            # Those that are created together are so in no order, by several clocks: within a second, names tell it.
+            return container.created[:19], names.in_order(container.name)
+
+        return sorted(found, key=age, reverse=True)
 
     def create(self, new: Sequence[str]) -> None:
         """Create containers without starting them, each on the machine that has most room; all or none."""
@@ -59,14 +66,12 @@ class Cluster:
     def start(self, containers: Sequence[Container]) -> None:
         """Have them all run, each in a job; one that never ran may come to run on another machine."""
         self.data.mkdir(exist_ok=True)
-        with Launches(self._agents) as launches:
-            waiting = [self._launch(container) for container in containers if not container.is_running]
-            together(launches.start, waiting)
+        self._launches.start([self._launch(container) for container in containers if not container.is_running])
 
     def execute(self, container: Container, command: str, output: Callable[[bytes], None]) -> int:
         """Run a shell command in a running container; return its exit status."""
         machine = self._machine_of(container)
-        stream = self._agents.run(machine, name=container.name, argv=[*SHELL, command], terminal=False)
+        stream = self._agents.run(machine, name=container.name, argv=in_shell(command), terminal=False)
         with closing(stream):
             stream.send(letters.INPUT_ENDS)
             status = stream.relay(lambda _, content: output(content))
@@ -75,7 +80,8 @@ class Cluster:
         return status
 
     def stop(self, containers: Sequence[Container]) -> None:
-        """Have none of them run; their jobs end."""
+        """Have none of them run; their jobs end, also that of one that is being started meanwhile."""
+        self._launches.give_up({(container.machine, container.name) for container in containers})
 
         def stop_one(container: Container) -> None:
             self._agents.ask(self._machine_of(container), "stop", name=container.name)
@@ -94,8 +100,20 @@ class Cluster:
         """Return where a container is now: one that had not run may have come to another machine since."""
         if container.status != "created":
             return container.machine
-        found = {now.name: now for now in self.containers()}
-        return found[container.name].machine if container.name in found else container.machine
+        called_so = [now for now in self.containers() if now.name == container.name]
+        same = [now for now in called_so if now.id == container.id] or called_so
+        return same[0].machine if same else container.machine
+
+    def _launch(self, container: Container) -> Launch:
+        return Launch(
+            user=self._user,
+            name=container.name,
+            image=IMAGE if container.status == "created" else "",
+            machine=container.machine,
+            cpus=CPUS,
+            memory_mb=MEMORY_MB,
+            shares_cpus=True,
+        )
 
     def _targets(self, number: int) -> list[str]:
         """Return the machines for so many new containers: those with most memory free, by turns."""
@@ -111,17 +129,6 @@ class Cluster:
             chosen.append(max(free, key=lambda name: (free[name], name)))
             free[chosen[-1]] -= MEMORY_MB
         return chosen
-
-    def _launch(self, container: Container) -> Launch:
-        return Launch(
-            user=self._user,
-            name=container.name,
-            image=IMAGE if container.status == "created" else "",
-            machine=container.machine,
-            cpus=CPUS,
-            memory_mb=MEMORY_MB,
-            shares_cpus=True,
-        )
 
 
 def _container(machine: str, told: dict[str, Any]) -> Container:

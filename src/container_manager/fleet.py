@@ -238,8 +238,7 @@ class Fleet:
 
     def _launch(self, launch: Launch) -> str:
         try:
-            with Launches(self._agents) as launches:
-                return launches.start(launch)
+            return Launches(self._agents).start([launch])[0]
         except NoRoomError as error:
             raise NoRoomError(f"{error}\n{_free()}") from error
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The last one is what srun passes on to a job's processes (in_job).
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
@@ -48,7 +49,7 @@ def raise_them() -> None:
 def put_off() -> Iterator[None]:
     """Raise what interrupts the block when it is over: for what is short, has a deadline, and must be whole.
 
-    Signals come to the main thread alone: in another one nothing interrupts.
+    In another thread than the main one nothing is interrupted anyway.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

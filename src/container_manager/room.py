@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PARTITION = "shared"
 _SCRIPT = "/usr/local/lib/cfiddle/container-job"
 _TIMEOUT_S = 30
+_LOOK_S = 0.1
 _TOO_LARGE = "Requested node configuration is not available"
 _CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powered_down", "powering_down", "reserved"}
 
@@ -85,10 +87,20 @@ def job(number: int) -> Job:
 
 
 def cancel(numbers: Iterable[int]) -> None:
-    """End jobs; those that have ended are as they should be."""
+    """End jobs, and wait until nothing of them runs; those that have ended are as they should be.
+
+    Raises:
+        ContainerError: one does not end.
+    """
     wanted = [str(number) for number in numbers]
-    if wanted:
-        _run(["scancel", "--quiet", *wanted], known=True)
+    if not wanted:
+        return
+    _run(["scancel", "--quiet", *wanted], known=True)
+    deadline = time.monotonic() + _TIMEOUT_S
+    while left := _run(["squeue", "--noheader", "--jobs", ",".join(wanted), "--format", "%i"], known=True).split():
+        if time.monotonic() > deadline:
+            raise ContainerError(f"job {left[0]} was cancelled {_TIMEOUT_S} s ago and has not ended", "sinfo, squeue")
+        time.sleep(_LOOK_S)
 
 
 def let_go_anywhere(number: int) -> None:
@@ -119,13 +131,14 @@ def _gpus(gres: str) -> Counter[str]:
 def _run(argv: list[str], *, known: bool = False) -> str:
     """Return what a command prints. With `known` it may fail because a job has ended: that says nothing then."""
     try:
-        # In a session of its own: Ctrl-C at the terminal is for whoever asks, who must know what came of this.
+        # In a session of its own: Ctrl-C is for this process, which must know what came of the command.
         done = subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
+            check=False,
             start_new_session=True,
         )
     except FileNotFoundError as error:

@@ -36,9 +36,8 @@ def sources(service: str) -> list[str]:
 
 
 def test_every_name_in_the_stack_file_has_a_value_and_no_value_is_unused() -> None:
-    text = "\n".join(
-        line for line in (ROOT / "docker-compose.yml").read_text().splitlines() if line.lstrip()[:1] != "#"
-    )
+    files = (ROOT / "docker-compose.yml", ROOT / "conf/ssh-port.yml")
+    text = "\n".join(line for file in files for line in file.read_text().splitlines() if line.lstrip()[:1] != "#")
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values())
 
 
@@ -56,10 +55,10 @@ def test_service_needs_no_kernel_with_ipvs_and_no_rights(name: str) -> None:
     assert service["logging"]["options"]["max-size"]
 
 
-def test_only_the_agent_has_the_engine_s_socket_and_it_has_no_homes() -> None:
+def test_only_the_agent_has_the_engine_s_socket_and_it_cannot_write_to_homes() -> None:
     holders = {name for name in SERVICES if any("docker.sock" in mount for mount in sources(name))}
     assert holders == {"agent"}
-    assert not any("home" in mount for mount in sources("agent"))
+    assert [mount for mount in sources("agent") if mount.startswith("home:")] == ["home:/home:ro"]
 
 
 def test_the_database_is_reached_from_slurmdbd_alone() -> None:
@@ -81,6 +80,7 @@ def test_secrets_are_readable_for_those_alone_who_need_them() -> None:
         ("agent", "user-registry-password", "0"),
         ("user-registry", "user-registry-password", "804"),
         ("user-registry", "registry-key", "804"),
+        *((name, "ssh-authority", "0") for name in ("slurmd", "userhost")),
         *((name, "munge-key", "801") for name in ("slurmdbd", "slurmctld", "slurmd", "userhost")),
     }
 
