@@ -10,6 +10,7 @@ from agent.wire import Refused, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _ENGINE_NAME = re.compile(r"u[0-9]{1,10}\.[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_MOST_CELLS = 2**15
 _HOLD_FIELDS = {"v", "type", "job", "user", "name", "image", "ports", "again"}
 
 Value = TypeVar("Value")
@@ -29,6 +30,16 @@ def name_of(request: dict[str, Any], *, administrator: bool) -> str:
     if not (_ENGINE_NAME if administrator else _NAME).fullmatch(name):
         raise Refused("name", f"{shown(name)} is no container's name")
     return name
+
+
+def size_of(request: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns of a terminal in a request; None where it says nothing of them."""
+    if "rows" not in request:
+        return None
+    rows, columns = field(request, "rows", int), field(request, "columns", int)
+    if not (0 < rows < _MOST_CELLS and 0 < columns < _MOST_CELLS):
+        raise Refused("field", f"{rows} rows and {columns} columns are no size of a terminal")
+    return rows, columns
 
 
 def hold_request(message: dict[str, Any]) -> dict[str, Any]:

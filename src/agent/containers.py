@@ -144,7 +144,7 @@ class Containers:
     def amiss(self) -> dict[str, list[str]]:
         """Return the administrator's images that are not here, and the containers here that are not the cluster's."""
         here = [image["name"] for image in self.images(uid=0)]
-        others = [one for one in self._engine.listed() if _CLUSTER_LABEL not in (one["Labels"] or {})]
+        others = [one for one in self._engine.listed() if not (one["Labels"] or {}).get(_CLUSTER_LABEL)]
         return {
             "missing": [name for name in self._policy.images if name not in here],
             "foreign": sorted(str(one["Names"][0]).removeprefix("/") for one in others),
@@ -262,10 +262,13 @@ class Containers:
             raise found.refusal
         return found.container
 
-    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Command:
+    def execute(
+        self, uid: int, name: str, argv: list[str], *, terminal: bool, size: tuple[int, int] | None, mark: str
+    ) -> Command:
         """Run a command in a container that runs.
 
         Args:
+            size: its terminal's rows and columns, as far as they are known.
             mark: by which `end_command` finds its processes.
 
         Raises:
@@ -274,9 +277,8 @@ class Containers:
         container = self._id(uid, name)
         wanted = {"Cmd": argv, "Tty": terminal, "Env": [f"CFIDDLE_COMMAND={mark}"]}
         try:
-            return self._engine.execute(
-                container, {**wanted, "AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
-            )
+            streams = {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
+            return self._engine.execute(container, {**wanted, **streams}, size=size)
         except EngineError as error:
             if error.status == 409:
                 raise Refused("stopped", f"container {name} is not running") from error

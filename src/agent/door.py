@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from agent import letters
-from agent.container_request import field, name_of
+from agent.container_request import field, name_of, size_of
 from agent.containers import Containers
 from agent.engine import Command, EngineError
 from agent.letters import LetterError
@@ -174,7 +174,9 @@ class Door:
             if not argv or not all(isinstance(word, str) and "\0" not in word for word in argv):
                 raise Refused("field", "argv is not a list of words")
             mark = str(request["nonce"])
-            return {"type": "runs"}, containers.execute(uid, name, argv, terminal=terminal, mark=mark)
+            return {"type": "runs"}, containers.execute(
+                uid, name, argv, terminal=terminal, size=size_of(request), mark=mark
+            )
         raise Refused(
             "field", "type is none of create, delete, exec, gpus, images, inspect, list, outcome, stop, types"
         )
@@ -211,7 +213,8 @@ class Door:
                         command.stream.shutdown(socket.SHUT_WR)
                 elif kind == letters.SIZE:
                     size = letters.parse(content)
-                    command.resize(rows=field(size, "rows", int), columns=field(size, "columns", int))
+                    with contextlib.suppress(EngineError):  # the command may have ended; its end is still to be told
+                        command.resize(rows=field(size, "rows", int), columns=field(size, "columns", int))
                 else:
                     raise LetterError("an unknown piece came")
         except (EOFError, OSError, LetterError, Refused, EngineError):

@@ -110,14 +110,18 @@ class Engine:
         query = urlencode({"all": 1, "size": int(sizes), "filters": json.dumps({"label": labels})})
         return list(self._request("GET", f"/containers/json?{query}"))
 
-    def execute(self, container: str, configuration: dict[str, Any]) -> Command:
-        """Run a command in a container that runs."""
+    def execute(self, container: str, configuration: dict[str, Any], *, size: tuple[int, int] | None = None) -> Command:
+        """Run a command in a container that runs.
+
+        Args:
+            size: its terminal's rows and columns; engines before 23 are told only by `Command.resize`.
+        """
         identifier = str(self._request("POST", f"/containers/{container}/exec", configuration)["Id"])
         terminal = bool(configuration.get("Tty"))
         connection = _Connection(self._path, timeout_s=_TIMEOUT_S)
         try:
             headers = {"Content-Type": "application/json", "Connection": "Upgrade", "Upgrade": "tcp"}
-            body = json.dumps({"Detach": False, "Tty": terminal})
+            body = json.dumps({"Detach": False, "Tty": terminal, **({"ConsoleSize": size} if size else {})})
             connection.request("POST", f"/exec/{identifier}/start", body, headers)
             if _head(connection.sock).split()[1] not in (b"101", b"200"):
                 raise EngineError(0, f"the command cannot be run: {_message(connection.sock.recv(4096))}")

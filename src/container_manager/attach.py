@@ -24,6 +24,12 @@ def has_terminal() -> bool:
     return os.isatty(_STDIN) and os.isatty(_STDOUT)
 
 
+def size() -> dict[str, int]:
+    """Return the terminal's rows and columns."""
+    found = shutil.get_terminal_size()
+    return {"rows": found.lines, "columns": found.columns}
+
+
 def run(stream: Stream, *, terminal: bool) -> int | None:
     """Be the streams of a command until it ends; return its exit status, None if its container ended meanwhile."""
     if not terminal:
@@ -65,8 +71,7 @@ def _sizes_told(stream: Stream) -> Iterator[None]:
     """Tell the command how large the terminal is, and again whenever that changes."""
 
     def tell(*_: object) -> None:
-        size = shutil.get_terminal_size()
-        stream.send(letters.SIZE, letters.encoded({"rows": size.lines, "columns": size.columns}))
+        stream.send(letters.SIZE, letters.encoded(size()))
 
     tell()
     before = signal.signal(signal.SIGWINCH, tell)

@@ -92,7 +92,8 @@ def execute(container_name: str, command: tuple[str, ...], interactive: bool, tt
     from container_manager import attach
 
     terminal = attach.has_terminal()
-    with closing(_fleet().execute(container_name, command or _SHELL, terminal=terminal)) as stream:
+    size = attach.size() if terminal else None
+    with closing(_fleet().execute(container_name, command or _SHELL, size=size)) as stream:
         status = attach.run(stream, terminal=terminal)
     if status is None:
         raise ContainerError(f"container {container_name} ended while the command ran")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -232,9 +232,14 @@ class Fleet:
             raise ContainerError(f"{image} is the administrator's", "policy.yaml says which images there are")
         self._ask_all("forget", image=image)
 
-    def execute(self, name: str, argv: Sequence[str], *, terminal: bool) -> Stream:
-        """Run a command in a container that runs; return its streams."""
-        return self._agents.run(self.find(name).machine, name=name, argv=list(argv), terminal=terminal)
+    def execute(self, name: str, argv: Sequence[str], *, size: Mapping[str, int] | None) -> Stream:
+        """Run a command in a container that runs; return its streams.
+
+        Args:
+            size: rows and columns of the terminal that it gets; None for none.
+        """
+        machine = self.find(name).machine
+        return self._agents.run(machine, name=name, argv=list(argv), terminal=size is not None, **(size or {}))
 
     def _launch(self, launch: Launch) -> str:
         try:

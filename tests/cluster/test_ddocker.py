@@ -194,7 +194,9 @@ def test_machine_without_a_gpu_says_so(ddocker: Ddocker, cluster: LiveCluster) -
 def test_setup_names_a_container_in_the_way(ddocker: Ddocker, cluster: LiveCluster) -> None:
     machine, name = cluster.workers[0], job_name()
     task = cluster.on_worker(machine, ["docker", "image", "ls", "--quiet", "--filter", "reference=cfiddle-task"]).ok()
-    cluster.on_worker(machine, ["docker", "create", "--name", name, task.split()[0], "true"]).ok()
+    cluster.on_worker(
+        machine, ["docker", "create", "--label", "cfiddle.cluster=", "--name", name, task.split()[0], "true"]
+    ).ok()
     try:
         done = ddocker("setup", user="root")
         assert done.exit_status == 1
