@@ -425,7 +425,8 @@ class LiveCluster:
     def remove_containers(self, *users: str) -> None:
         """Remove all containers of these users, and end the jobs that they are in."""
         names = ",".join(users)
-        self.slurm(f"scancel --quiet --user {names} --partition shared")
+        for user in users:
+            self.slurm(f"scancel --quiet --user {user} --partition shared")
         gone = "its jobs are gone"
         wait_until(lambda: not self.slurm(f"squeue -h -u {names} -p shared"), timeout_s=60, what=gone)
         for user, worker in itertools.product(users, self.workers):

@@ -186,7 +186,7 @@ def test_output_comes_as_it_is_while_it_comes(cluster: LiveCluster) -> None:
 
 def test_megabytes_of_any_bytes_come_through(cluster: LiveCluster) -> None:
     program = "head -c 5000000 /dev/urandom | tee data/.t"
-    command = f"cm run --cmd '{program}' | tail -c +17 | cmp - ~/data/.t && rm ~/data/.t && echo same"
+    command = f"cm run --cmd '{program}' >.out; tail -c +17 .out | cmp - data/.t && rm .out data/.t && echo same"
     assert cluster.user(command, USER).ok() == "same\n"
 
 
@@ -245,7 +245,7 @@ def test_container_that_ends_by_itself_ends_its_job(cluster: LiveCluster, cm: Cm
     [container] = cluster.containers(USER)
     cluster.on_worker(container.worker, ["docker", "kill", container.id]).ok()
     record = cluster.wait_for_state(number, "FAILED", timeout_s=15)
-    assert record["exit_code"] == "137:0"
+    assert record["exit_code"] == "9:0", "as Slurm tells of 137, what a shell says where signal 9 ended a process"
 
 
 # --- at once, and interrupted ----------------------------------------------------------------------------------------
@@ -264,13 +264,12 @@ def _interrupted(cluster: LiveCluster, after_s: float, *words: str) -> Result:
     return cluster.user(argv, USER, timeout_s=60)
 
 
-@pytest.mark.parametrize("tenths", range(1, 9))
-def test_create_that_is_interrupted_leaves_nothing(cluster: LiveCluster, tenths: int) -> None:
-    result = _interrupted(cluster, tenths / 10, "create", "6")
+@pytest.mark.parametrize("hundredths", range(6, 50, 4))
+def test_create_that_is_interrupted_leaves_nothing(cluster: LiveCluster, hundredths: int) -> None:
+    result = _interrupted(cluster, hundredths / 100, "create", "6")
     assert result.exit_status in (0, 130), result
-    assert len(_states(cluster)) == (0 if result.exit_status else 6), result.output
-    if result.exit_status:
-        assert result.stderr == "interrupted\n"
+    assert len(_states(cluster)) == (6 if result.stdout else 0), result
+    assert result.stderr in ("", "interrupted\n"), "it may not even have begun"
 
 
 @pytest.mark.parametrize("twentieths", range(2, 24, 2))
