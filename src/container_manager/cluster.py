@@ -69,6 +69,10 @@ class Cluster:
         # The engine drops zeros at the end of a fraction, so with the Z on it a shorter one would read as the greater.
         return sorted(found, key=lambda container: container.created.rstrip("Z"), reverse=True)
 
+    def silent(self) -> list[str]:
+        """Return the machines that Slurm knows and whose agents do not answer."""
+        return sorted({machine.name for machine in room.machines()} - set(self._agents.machines))
+
     def create(self, new: Sequence[str]) -> None:
         """Create containers without starting them, each on the machine that has most room; all or none."""
         targets = self._targets(len(new))

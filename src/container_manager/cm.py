@@ -35,7 +35,10 @@ def list_(table: bool, as_json: bool) -> None:
     """List all containers"""
     if table and as_json:
         raise click.UsageError("either --table or --json")
-    containers = here().containers()
+    place = here()
+    containers = place.containers()
+    for machine in place.silent():
+        click.echo(f"{machine} does not answer: containers that are there are not shown", err=True)
     if as_json:
         click.echo(json.dumps([asdict(container) for container in containers], indent=2))
     elif table:

@@ -318,6 +318,12 @@ def test_containers_of_all_machines_are_listed_newest_first(place: Cluster, aske
     ]
 
 
+def test_machine_that_slurm_knows_and_that_does_not_answer_is_silent(place: Cluster, slurm: FakeSlurm) -> None:
+    assert place.silent() == []
+    slurm.free.append(Machine("c3", "down*", 0, 4000))
+    assert place.silent() == ["c3"]
+
+
 def test_new_containers_go_where_most_memory_is_free_by_turns(place: Cluster, asked: FakeAgents) -> None:
     place.create([f"n{number}" for number in range(5)])
     where = {fields["name"]: machine for machine, _, fields in asked.asked}

@@ -1,4 +1,4 @@
-"""What is left of users' containers on a machine goes, and nothing else; with programs in docker's and iptables' place."""
+"""What is left of users' containers on a machine goes, and nothing else; programs stand for docker and iptables."""
 
 import os
 from collections.abc import Callable
