@@ -37,8 +37,6 @@ def list_(table: bool, as_json: bool) -> None:
         raise click.UsageError("either --table or --json")
     place = here()
     containers = place.containers()
-    for machine in place.silent():
-        click.echo(f"{machine} does not answer: containers that are there are not shown", err=True)
     if as_json:
         click.echo(json.dumps([asdict(container) for container in containers], indent=2))
     elif table:
@@ -47,6 +45,8 @@ def list_(table: bool, as_json: bool) -> None:
         click.echo(f"There are {len(containers)} containers:")
         for position, container in enumerate(containers, 1):
             click.echo(f"container {position} : {_described(container)}")
+    for machine in place.silent():
+        click.echo(f"{machine} does not answer: containers that are there are not shown", err=True)
 
 
 @commands.command()

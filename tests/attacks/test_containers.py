@@ -370,7 +370,7 @@ def test_inside_is_its_owner_s_and_nothing_more(cluster: LiveCluster, thief: Cal
 
 
 def test_set_uid_programs_give_nothing(cluster: LiveCluster, thief: Callable[..., Result]) -> None:
-    find = "find / -xdev -perm -4000 -type f 2>/dev/null"
+    find = "find / -xdev -perm -4000 -type f 2>/dev/null; true"
     programs = _said(thief(find)).split()
     uid, _ = cluster.ids(THIEF)
     [container] = cluster.containers(THIEF)
@@ -429,10 +429,9 @@ def _knocked(run: Callable[..., Result], places: Sequence[str]) -> list[str]:
 def test_nothing_of_the_cluster_s_is_reached(cluster: LiveCluster, thief: Callable[..., Result]) -> None:
     places = [place for several in _network(cluster).values() for place in several]
     assert _knocked(thief, places) == []
-    listener = "import socket, time; s = socket.create_server(('', 7000)); time.sleep(60)"
-    assert _knocked(
-        lambda text, **more: thief(f'python3 -c "{listener}" & sleep 1; {text}; kill %1', **more), ["127.0.0.1:7000"]
-    ) == ["127.0.0.1:7000"], "the knocker is good for something"
+    serve = "python3 -c 'import socket, time; s = socket.create_server((str(), 7000)); time.sleep(60)' & sleep 1"
+    own = _knocked(lambda knock, **more: thief(f"{serve}\n{knock}\nkill %1", **more), ["127.0.0.1:7000"])
+    assert own == ["127.0.0.1:7000"], "the knocker is good for something"
 
 
 def test_nothing_of_another_user_s_container_is_reached(
@@ -463,8 +462,8 @@ def test_nothing_is_left_for_the_next(
 ) -> None:
     leave = "umask 0; touch /tmp/left /dev/shm/left /var/tmp/left; ipcmk -M 64 -p 0666; ipcmk -S 1 -p 0666; true"
     cluster.user(["cm", "run", "--name", NAME, "--cmd", leave], VICTIM).ok()
-    look = "ls /tmp /dev/shm /var/tmp; cat /proc/net/unix | wc -l; ipcs -m -s | grep -c ^0x; ps -e -o user= | sort -u"
-    seen = _said(thief(f"{look}; cat /tmp/secret"))
+    look = "ls /tmp /dev/shm /var/tmp; cat /proc/net/unix | wc -l; ipcs -m -s"
+    seen = _said(thief(f"{look}; cat /tmp/secret; true"))
     assert "left" not in seen
     assert "do-not-tell" not in seen
     assert not re.search("^0x", seen, re.MULTILINE)
@@ -512,7 +511,7 @@ for number in range(600):
         if number % 3 == 1:
             connection.sendall((1000).to_bytes(4) + b"half a letter")
         held.append(connection)
-    except OSError:
+    except (OSError, EOFError):
         pass
 print("flooding", len(held), flush=True)
 time.sleep(60)
