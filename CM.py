@@ -2,6 +2,7 @@
 """Manage containers of your own: `python CM.py --help`. Outside a cluster they are on this machine's engine."""
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 
 def main() -> None:
     """Run `cm`, from a checkout with its sources and, where this Python lacks a package, with its environment."""
+    # Before it hears Ctrl-C itself it has nothing to tidy up, and nothing to say.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     checkout = Path(__file__).resolve().parent
     if (checkout / "src").is_dir():
         environment = checkout / ".venv"

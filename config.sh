@@ -29,6 +29,8 @@ HOME_SERVER=""
 
 # --- What people reach ----------------------------------------------------------------------------------------------
 JUPYTER_PORT=8888
+# A port of the head for SSH to the users' node, with a key that the user has put into ~/.ssh/authorized_keys there. Empty: none.
+SSH_PORT=""
 
 # --- Measurements that can be trusted -------------------------------------------------------------------------------
 # A worker that is slower than others of its CPU model by more than so many percent takes no jobs until it no longer is.

@@ -8,7 +8,7 @@ from typing import Any
 
 from invoke import Context, task
 
-from cfiddle_cluster import checks, images, logs, status, userhost
+from cfiddle_cluster import checks, images, logs, mpi, status, userhost
 from cfiddle_cluster.cluster import Cluster
 from cfiddle_cluster.errors import FOREIGN, ClusterError, explained
 
@@ -177,6 +177,18 @@ def export_logs(cluster, directory):
 
 
 @cluster_task
+def save_images(cluster, file):
+    """Write the images into one file, for a machine that cannot build them."""
+    cluster.save_images(Path(file))
+
+
+@cluster_task
+def load_images(cluster, file):
+    """Have the images of such a file here; `up` builds what it lacks."""
+    cluster.load_images(Path(file))
+
+
+@cluster_task
 def backup(cluster, file):
     """Write accounting, Slurm's state, users and secrets into one file that only root can read."""
     cluster.backup(Path(file))
@@ -186,6 +198,18 @@ def backup(cluster, file):
 def restore(cluster, file):
     """Bring up the cluster that a backup describes."""
     cluster.restore(Path(file))
+
+
+@cluster_task
+def machinefile(cluster):
+    """Write /etc/machinefile on the users' node: the nodes that take jobs, with their slots, as they are now."""
+    print(mpi.write_machinefile(), end="")
+
+
+@cluster_task(help={"user": "who runs it (default: jovyan)", "picture": "where the heat map goes"})
+def test_mpi(cluster, user="jovyan", picture="mpi.png"):  # noqa: PT028
+    """Measure latency and bandwidth between all nodes, as a table and a heat map, and compute pi on all of them."""
+    mpi.test(cluster.config, user=user, picture=Path(picture))
 
 
 @cluster_task(help={"purge": "also its state, homes, secrets and images"})
@@ -211,7 +235,7 @@ def test(cluster, only="", prove=False):  # noqa: PT028
     return checks.prove(cluster.config, only.split()) if prove else checks.test(cluster.config, only.split())
 
 
-@cluster_task(help={"which": "latency, fidelity, or cluster, which takes the cluster down and up several times"})
+@cluster_task(help={"which": "latency, fidelity, mpi, or cluster, which takes the cluster down and up several times"})
 def benchmark(cluster, which):
     """Measure how long things take; prints medians and writes them and a picture to benchmarks/results."""
     return checks.benchmark(cluster.config, which)

@@ -1,6 +1,6 @@
 """Draw rows of a benchmark, which come as JSON on standard input, as an SVG picture on standard output.
 
-usage: python3 picture.py latency|fidelity
+usage: python3 picture.py latency|mpi|fidelity
 """
 
 import json
@@ -51,7 +51,7 @@ def fidelity(axes, rows):
 def main():
     """Draw."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    {"latency": latency, "fidelity": fidelity}[sys.argv[1]](axes, json.load(sys.stdin))
+    {"latency": latency, "mpi": latency, "fidelity": fidelity}[sys.argv[1]](axes, json.load(sys.stdin))
     figure.savefig(sys.stdout, format="svg")
 
 

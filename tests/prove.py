@@ -38,6 +38,7 @@ PLACES = {
     "conf/slurm.conf": "/etc/slurm/slurm.conf",
     "conf/slurmdbd.conf": "/etc/slurm/slurmdbd.conf.in",
     "policy.yaml": "/etc/cfiddle/policy.yaml",
+    "images/cluster/files/": "/",
     "images/user/files/": "/",
     "images/registry/files/": "/",
 }

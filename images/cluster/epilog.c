@@ -1,8 +1,8 @@
 // Slurm's Epilog on a worker: takes the job's grant away (step.c gave it) and ends what the job left running. If that was
-// the user's last job here, everything of the user goes: processes, and what lies in shared memory and in the directories
-// that anyone may write to.
+// the user's last job here, everything of the user goes: processes, logins by SSH, and what lies in shared memory and in the
+// directories that anyone may write to.
 //
-// Root only removes the grant. Whatever touches a user's processes and files does so as that user, so that nothing the user
+// Root only removes the grant and ends root's own processes of sshd. Whatever touches a user's processes and files does so as that user, so that nothing the user
 // prepares (a link, a swapped directory, a reused process id) turns it against somebody else.
 #define _GNU_SOURCE
 #include "grants.h"
@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/pidfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 
@@ -75,6 +76,26 @@ static int is_alive(const char *directory, const char *pid) {
     return owner == user && state != 'Z' && state != 'X';
 }
 
+// A login of the user's, which root's sshd names in its title from before it asks for the user's keys until the login's end. Who
+// was let in by the grant that has just gone may not have become the user yet, and would otherwise be here without one. Whoever
+// gives themselves such a title is not root. Returns whether there is one; it is killed, by a descriptor, for its number may
+// soon be another's.
+static int end_login(const char *directory, const char *pid) {
+    char path[512], title[128], found[128] = "";
+    struct stat owner;
+    const char *name = getenv("SLURM_JOB_USER");
+    if (!name || !isdigit(*pid)) return 0;
+    snprintf(title, sizeof title, "sshd-session: %s [priv]", name);
+    snprintf(path, sizeof path, "%s/%s/cmdline", directory, pid);
+    int process = pidfd_open(atoi(pid), 0), file = open(path, O_RDONLY | O_CLOEXEC);
+    int is_one = file >= 0 && fstat(file, &owner) == 0 && owner.st_uid == 0 && read(file, found, sizeof found - 1) > 0 &&
+                 strcmp(found, title) == 0;
+    if (is_one && process >= 0) pidfd_send_signal(process, SIGKILL, NULL, 0);
+    if (file >= 0) close(file);
+    if (process >= 0) close(process);
+    return is_one;
+}
+
 static int is_left(const char *directory, const char *name) {
     char path[512];
     struct stat found;
@@ -117,7 +138,7 @@ static void epilog(void) {
         as_user(kill_job);
         return;
     }
-    for (int tries = 0; !as_user(kill_all) || any("/proc", is_alive); tries++, pause_ms(10))
+    for (int tries = 0; any("/proc", end_login) || !as_user(kill_all) || any("/proc", is_alive); tries++, pause_ms(10))
         if (tries == 1000) errx(1, "processes of user %u do not die", user); // the node is drained: it is not fit to measure
     if (is_shared_memory_used() || any("/tmp", is_left) || any("/dev/shm", is_left) || any("/dev/mqueue", is_left))
         if (!as_user(clean)) warnx("files of user %u could not all be removed", user);

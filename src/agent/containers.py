@@ -121,6 +121,7 @@ def configuration(
             "LogConfig": {"Type": "none"},
             "Mounts": [{**volume, "Target": target} for target in sorted({f"/home/{owner.user}", "/home/me"})],
             "NetworkMode": network,
+            "OomScoreAdj": 500,  # a container goes before what keeps the machine going
             "PidsLimit": policy.processes,
             "Privileged": False,
             "RestartPolicy": {"Name": "no"},

@@ -17,7 +17,7 @@ from cfiddle_cluster import packages
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
 
-BENCHMARKS = ("latency", "fidelity", "cluster")
+BENCHMARKS = ("latency", "fidelity", "mpi", "containers", "cluster")
 TEST_RUNS: Sequence[Sequence[str]] = (
     ("--numprocesses=3", "--quiet", "tests/unit"),
     ("--durations=30", *(f"tests/{directory}" for directory in ("images", "cluster", "attacks", "faults"))),
@@ -159,10 +159,11 @@ def lock_faults(root: Path) -> list[str]:
             elif not requirement.specifier.contains(version, prereleases=True):
                 faults.append(f"{lock.name}: has {requirement.name} {version}, and {lock.stem}.in wants {requirement}")
     # What a notebook pickles, a sandbox opens.
-    user, sandbox = pinned.get("user", {}), pinned.get("sandbox", {})
+    user = pinned.get("user", {})
     faults += [
-        f"sandbox.lock has {name} {version}, and user.lock {user.get(name, 'has none')}"
-        for name, version in sandbox.items()
+        f"{place}.lock has {name} {version}, and user.lock {user.get(name, 'has none')}"
+        for place in ("sandbox", "worker")
+        for name, version in pinned.get(place, {}).items()
         if user.get(name) != version
     ]
     return faults

@@ -18,6 +18,7 @@ from cfiddle_cluster import (
     distribution,
     engine,
     homes,
+    image_files,
     images,
     machines,
     packages,
@@ -312,6 +313,10 @@ class Cluster:
         if not engine.is_running() or not services.container("slurmctld"):
             raise ClusterError("the cluster does not run", "./invoke up")
 
+    def _must_have_engine(self) -> None:
+        if not engine.is_running():
+            raise ClusterError("Docker Engine does not run", "./install_docker.sh")
+
     # --- measurements ------------------------------------------------------------------------------------------------
 
     def calibrate(self, *, as_json: bool) -> int:
@@ -369,6 +374,21 @@ class Cluster:
         print(f"{len(added)} users added: {', '.join(user.name for user in added)}")
 
     # --- backup, restore, down ---------------------------------------------------------------------------------------
+
+    def save_images(self, path: Path) -> None:
+        """Write the images into a file."""
+        packages.ensure_root()
+        with self.state.lock("save-images"):
+            self._must_have_engine()
+            image_files.save(self.config, path)
+        print(f"{path}: {path.stat().st_size / 1e9:.1f} GB")
+
+    def load_images(self, path: Path) -> None:
+        """Have the images of a file on this machine."""
+        packages.ensure_root()
+        with self.state.lock("load-images"):
+            self._must_have_engine()
+            image_files.load(self.config, path)
 
     def backup(self, path: Path) -> None:
         """Write a backup."""

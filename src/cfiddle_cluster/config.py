@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from cfiddle_cluster.errors import ClusterError
@@ -35,6 +36,7 @@ KNOBS = (
     "HOME_STORAGE",
     "HOME_SERVER",
     "JUPYTER_PORT",
+    "SSH_PORT",
     "CALIBRATION_LIMIT",
     "TUNE",
     "DOCKERHUB_USERNAME",
@@ -76,6 +78,7 @@ class Config:
         root: the checkout.
         local_worker_cpus: CPUs of a simulated worker as told to Slurm; 0 for the machine's own, shared out.
         local_worker_memory_mb: its memory in megabytes; 0 likewise.
+        ssh_port: of the users' node, for SSH from elsewhere; 0 for none.
         calibration_limit: percent by which a worker may be slower than its fellows.
         tune: which of `TUNABLE` may be set on real workers.
         state_dir: where secrets and the list of users are kept.
@@ -93,6 +96,7 @@ class Config:
     home_storage: str
     home_server: str
     jupyter_port: int
+    ssh_port: int
     calibration_limit: int
     tune: frozenset[str]
     dockerhub_username: str
@@ -172,14 +176,23 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         home_storage=storage,
         home_server=server,
         jupyter_port=number("JUPYTER_PORT", 1, 65535),
+        ssh_port=number("SSH_PORT", 1, 65535) if settings.get("SSH_PORT") else 0,
         calibration_limit=number("CALIBRATION_LIMIT", 1, 1000),
         tune=frozenset(tune),
         dockerhub_username=text("DOCKERHUB_USERNAME", _REGISTRY_ACCOUNT, "account's name"),
         registry_port=number("REGISTRY_PORT", 1, 65535),
         debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",
     )
-    if config.jupyter_port == config.registry_port:
-        faults.append(f"JUPYTER_PORT and REGISTRY_PORT are both {config.jupyter_port}")
+    ports = {
+        "JUPYTER_PORT": config.jupyter_port,
+        "REGISTRY_PORT": config.registry_port,
+        "SSH_PORT": config.ssh_port,
+    }
+    faults += [
+        f"{one} and {other} are both {ports[one]}"
+        for one, other in combinations(ports, 2)
+        if ports[one] == ports[other]
+    ]
     if not head:
         faults.append(
             "HEAD_ADDR is empty, and the way to the first worker does not tell this machine's address; set it"

@@ -102,7 +102,7 @@ def examine(config: Config, state: State) -> list[Finding]:
             facts.gather,
             [head, *workers],
             home_root=config.home_root,
-            ports=[*SWARM_PORTS, config.registry_port, config.jupyter_port],
+            ports=[*SWARM_PORTS, config.registry_port, config.jupyter_port, *filter(None, [config.ssh_port])],
             targets=_targets(config, is_running=is_running),
         )
         account = pool.submit(_registry, config, state, is_running=is_running)
@@ -423,6 +423,8 @@ def _published(config: Config, known: Sequence[Facts]) -> Iterator[Finding]:
     wanted = {config.jupyter_port: "JUPYTER_PORT"}
     if not config.dockerhub_username:
         wanted[config.registry_port] = "REGISTRY_PORT"
+    if config.ssh_port:
+        wanted[config.ssh_port] = "SSH_PORT"
     for port, knob in wanted.items():
         holder = head.listeners.get(("tcp", port))
         if holder and port not in ours:

@@ -67,12 +67,22 @@ IMAGES = {
     for image in (
         Image("base", parent=None),
         Image("common", parent="base"),
+        Image("mpi"),
         Image("machine"),
         Image("registry"),
         Image("mysql", roles=_HEAD),
         Image(
             "cluster",
-            sources=("src/agent", "src/delegate_function", "requirements/sandbox.lock"),
+            parent="mpi",
+            sources=(
+                "src/agent",
+                "src/container_manager",
+                "src/delegate_function",
+                "requirements/worker.lock",
+                "images/user/files/etc/cfiddle",
+                "images/user/files/usr/local/bin/cm",
+                "images/user/files/usr/local/lib/cfiddle/container-job",
+            ),
             roles=_HEAD | _WORKER,
         ),
         Image("agent", sources=("src/agent",), roles=_WORKER),
@@ -91,6 +101,7 @@ IMAGES = {
         Image("task", parent="base", roles=_WORKER),
         Image(
             "user",
+            parent="mpi",
             sources=(
                 "src/agent",
                 "src/container_manager",
@@ -134,7 +145,7 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
     """
     wanted = _with_parents(names)
     references = {name: reference(config, name) for name in wanted}
-    missing = [name for name in wanted if references[name] not in _existing()]
+    missing = [name for name in wanted if references[name] not in existing()]
     if missing:
         with tempfile.TemporaryDirectory(prefix="cfiddle-build-") as scratch:
             _build_all(config, missing, references, Path(scratch), report)
@@ -236,7 +247,8 @@ def _with_parents(names: Iterable[str]) -> list[str]:
     return [name for name in IMAGES if name in wanted]
 
 
-def _existing() -> set[str]:
+def existing() -> set[str]:
+    """Return the references of all images of the cluster on this machine's engine."""
     form = "{{.Repository}}:{{.Tag}}"
     return set(run([docker_cli(), "image", "ls", "--format", form, "--filter", f"label={LABEL}"], timeout_s=60).split())
 

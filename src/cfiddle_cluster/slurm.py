@@ -103,6 +103,13 @@ def parse_nodes(text: str) -> dict[str, Node]:
     return found
 
 
+def slots() -> dict[str, int]:
+    """Return how many CPUs each node that takes jobs has, by name."""
+    text = slurm(["sinfo", "--noheader", "--Node", "--partition", "shared", "--responding", "--format", "%N %c %T"])
+    lines = (line.split() for line in text.splitlines())
+    return {name: int(cpus) for name, cpus, state in sorted(lines) if not state.startswith(("drain", "down"))}
+
+
 @dataclass(frozen=True)
 class Job:
     """A job in the queue."""

@@ -32,7 +32,7 @@ from cfiddle_cluster.services import (
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
-SECRETS = ("munge-key", "database-password", "jupyter-token")
+SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
 IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "user")
 
@@ -63,14 +63,19 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
             become healthy.
     """
     _check_policy(config.root, references)
-    _check_port(config.jupyter_port)
+    _check_port("JUPYTER_PORT", config.jupyter_port, "JupyterLab")
+    if config.ssh_port:
+        _check_port("SSH_PORT", config.ssh_port, "SSH to the users' node")
     names = _ensure_secrets(state) | _ensure_configs(config.root)
     values = _values(config, references, names)
     _drain_if_changing(values)
     # The registry's account goes with the services, so that a worker which lost an image pulls it again.
     argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
     argv += ["--with-registry-auth", "--resolve-image", "never"]
-    argv += ["--compose-file", str(config.root / "docker-compose.yml"), STACK]
+    argv += ["--compose-file", str(config.root / "docker-compose.yml")]
+    if config.ssh_port:
+        argv += ["--compose-file", str(config.root / "conf" / "ssh-port.yml")]
+    argv.append(STACK)
     try:
         run(argv, timeout_s=120, env={**os.environ, **values})
         wait_until_healthy(timeout_s=START_TIMEOUT_S)
@@ -145,7 +150,7 @@ def _check_policy(root: Path, references: Mapping[str, str]) -> None:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 
 
-def _check_port(port: int) -> None:
+def _check_port(setting: str, port: int, what: str) -> None:
     """Find out before the users' node is replaced whether the new one could have its port."""
     userhost = next((found for found in services() if found.name == f"{STACK}_userhost"), None)
     ports = userhost.attrs["Spec"].get("EndpointSpec", {}).get("Ports", []) if userhost else []
@@ -157,8 +162,8 @@ def _check_port(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ClusterError(
-                f"port {port}, which JupyterLab shall have, is in use",
-                "set JUPYTER_PORT in config.sh to a free one, or end what uses it (ss -ltnp shows it)",
+                f"port {port}, which {what} shall have, is in use",
+                f"set {setting} in config.sh to a free one, or end what uses it (ss -ltnp shows it)",
             ) from error
 
 
@@ -213,6 +218,7 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "HOME_OPTIONS": home["o"],
         "HOME_DEVICE": home["device"],
         "JUPYTER_PORT": str(config.jupyter_port),
+        "SSH_PORT": _number(config.ssh_port),
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
     }

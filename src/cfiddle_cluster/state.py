@@ -22,7 +22,7 @@ MUNGE_KEY_CHARACTERS = 128
 TOKEN_BYTES = 32
 CERTIFICATE_DAYS = 3650
 
-SECRETS = ("munge-key", "database-password", "jupyter-token", "registry-password")
+SECRETS = ("munge-key", "database-password", "jupyter-token", "registry-password", "ssh-authority")
 
 
 class State:
@@ -56,8 +56,7 @@ class State:
         for name in SECRETS:
             path = self.path(f"secrets/{name}")
             if not path.exists():
-                length = MUNGE_KEY_CHARACTERS // 2 if name == "munge-key" else TOKEN_BYTES
-                self.write(f"secrets/{name}", secrets.token_hex(length))
+                self.write(f"secrets/{name}", new_secret(name))
         self._ensure_ssh_key()
         self._ensure_certificates(head_addr)
 
@@ -177,3 +176,14 @@ class State:
         unfinished = certificate.with_suffix(".new")
         run(["openssl", *arguments, "-keyout", key, "-out", unfinished], timeout_s=30)
         os.replace(unfinished, certificate)
+
+
+def new_secret(name: str) -> str:
+    """Return a new secret of that name: for the authority over hosts a private key of OpenSSH, for others digits."""
+    if name == "ssh-authority":
+        with tempfile.TemporaryDirectory() as scratch:
+            key = Path(scratch, "key")
+            run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "cfiddle-cluster", "-f", key], timeout_s=30)
+            return key.read_text()
+    length = MUNGE_KEY_CHARACTERS // 2 if name == "munge-key" else TOKEN_BYTES
+    return secrets.token_hex(length)

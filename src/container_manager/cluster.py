@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import sys
 import threading
 import time
@@ -50,7 +51,7 @@ class Cluster:
     def __init__(self) -> None:
         self.data = Path.home() / "data"
         self._agents = Agents()
-        self._user = getpass.getuser()
+        self._user = pwd.getpwuid(os.getuid()).pw_name
         self._starting: dict[str, _Start] = {}
         self._lock = threading.Lock()
 
@@ -66,8 +67,12 @@ class Cluster:
             for told in answer["containers"]
             if names.is_managed(told["name"])
         ]
-        # The engine drops zeros at the end of a fraction, so with the Z on it a shorter one would read as the greater.
-        return sorted(found, key=lambda container: container.created.rstrip("Z"), reverse=True)
+
+        def age(container: Container) -> tuple[str, tuple[str, int]]:
+            # Those that are created together are so in no order, by several clocks: within a second, names tell it.
+            return container.created[:19], names.in_order(container.name)
+
+        return sorted(found, key=age, reverse=True)
 
     def silent(self) -> list[str]:
         """Return the machines that Slurm knows and whose agents do not answer."""

@@ -1,14 +1,12 @@
 """The commands `cm` and `CM.py`."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 
-from container_manager import interrupts, task2, task3
-from container_manager.errors import ContainerError, Refusal
+from container_manager import console, task2, task3
 from container_manager.manager import MOST_AT_ONCE, Manager
 from container_manager.place import Container, here
 
@@ -38,6 +36,8 @@ def list_(table: bool, as_json: bool) -> None:
     place = here()
     containers = place.containers()
     if as_json:
+        import json
+
         click.echo(json.dumps([asdict(container) for container in containers], indent=2))
     elif table:
         _print_table(containers)
@@ -81,15 +81,23 @@ def run(name: str | None, cmd: str | None) -> None:
     sys.exit(place.execute(container, cmd, _pass_on))
 
 
+_slurm = click.option("--slurm", is_flag=True, help="as a job of Slurm: waits for it and prints the same")
+
+
 @commands.command(name="task2")
 @click.option("--size", type=click.IntRange(1, task2.MOST), default=task2.SIZE, help="so many numbers")
 @click.option("--containers", type=click.IntRange(1, MOST_AT_ONCE), default=task2.CONTAINERS, help="so many containers")
 @click.option("--seed", type=int, help="what the numbers come from, for the same ones again")
 @click.option("--total", is_flag=True, help="also what all numbers come to")
-def task2_(size: int, containers: int, seed: int | None, total: bool) -> None:
+@_slurm
+def task2_(size: int, containers: int, seed: int | None, total: bool, slurm: bool) -> None:
     """This is a parallel data processing task in which 4 containers will execute asynchronously"""
     if size < containers:
         raise click.UsageError(f"{size} numbers are too few for {containers} containers")
+    if slurm:
+        from container_manager import in_job
+
+        in_job.run_again(sys.argv[1:])
     results = task2.run(Manager(here()), size=size, containers=containers, seed=seed, progress=_progress)
     for position, result in enumerate(results, 1):
         click.echo(f"result from container {position} : {result}")
@@ -99,23 +107,19 @@ def task2_(size: int, containers: int, seed: int | None, total: bool) -> None:
 
 @commands.command(name="task3")
 @click.option("--seed", type=click.IntRange(0, task3.MOST_SEED), help="what all chance comes from, for the same result")
-def task3_(seed: int | None) -> None:
+@_slurm
+def task3_(seed: int | None, slurm: bool) -> None:
     """This is a linear regression implemented in Pytorch"""
+    if slurm:
+        from container_manager import in_job
+
+        in_job.run_again(sys.argv[1:])
     task3.run(Manager(here()), seed=seed, output=_pass_on)
 
 
 def main() -> None:
-    """Be the command; end with the exit status that fits."""
-    interrupts.raise_them()
-    try:
-        commands()
-    except Refusal as refusal:
-        sys.exit(str(refusal))
-    except ContainerError as error:
-        sys.exit(f"error: {error}")
-    except interrupts.Interrupted as interrupted:
-        click.echo("interrupted", err=True)
-        sys.exit(interrupted.exit_status)
+    """Be the command."""
+    console.be(commands)
 
 
 def _described(container: Container) -> dict[str, str]:
@@ -143,16 +147,14 @@ def _print_table(containers: Sequence[Container]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     in_cluster = any(container.machine for container in containers)
-    for heading in ("NAME", "STATUS", "CREATED", "IMAGE", "CONTAINER ID", *(("MACHINE", "JOB") if in_cluster else ())):
+    for heading in ("NAME", "STATUS", "CREATED", "CONTAINER ID", *(("MACHINE", "JOB") if in_cluster else ())):
         table.add_column(heading, no_wrap=True)
     for container in containers:
         created = container.created.partition(".")[0].replace("T", " ")
-        row = [container.name, container.status, created, container.image[:19], container.id[:12]]
+        row = [container.name, container.status, created, container.id[:12]]
         table.add_row(*row, *((container.machine, str(container.job or "")) if in_cluster else ()))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
+    # Wider than any row: what is cut off cannot be copied.
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def table(cluster: Cluster, *, everything: bool = False) -> Group:
     def row(name: str, state: str, resources: Sequence[str], *rest: str) -> None:
         texts = [Text(printable(text)) for text in (name, state, *resources[: 3 if has_gpus else 2], *rest)]
         texts[0].stylize("bold")
-        texts[1].stylize(_COLOURS.get(state.rstrip("*"), "red"))
+        texts[1].stylize(_COLOURS.get(state.rstrip("-"), "red"))
         shown.add_row(*texts)
 
     for node in cluster.nodes:

@@ -15,7 +15,6 @@ from container_manager.jobs import printable
 
 LOGS = "cmlogs"
 _SCRIPT = Path(__file__).with_name("job.sh")
-_FOR_SLURM = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_")
 
 
 class Minutes(click.ParamType[int]):
@@ -83,6 +82,8 @@ def cmrun(
     What the clones write goes to cmlogs/JOB.CLONE.out and .err in the working directory, what becomes of the job to
     cmlogs/JOB.log. Defaults come from ~/.config/cfiddle/cmrun.yaml and /etc/cfiddle/cmrun.yaml.
     """
+    if not command[0]:
+        raise click.UsageError("the command is empty")
     _ensure_possible(nodes, clones, partition, time)
     directory = _working_directory()
     _ensure_logs(directory)
@@ -92,14 +93,15 @@ def cmrun(
         f"--ntasks-per-node={clones}",
         f"--partition={partition}",
         f"--job-name={printable(os.path.basename(command[0]))[:64] or 'command'}",
-        f"--output={LOGS}/%j.log",
+        # Slurm looks for its patterns in the directory's name as well.
+        f"--output={str(directory).replace('%', '%%')}/{LOGS}/%j.log",
         "--open-mode=append",
         "--requeue" if retries else "--no-requeue",
     ]
     options += [f"--time={time}"] if time else []
     argv = ["sbatch", "--parsable", *options, str(_SCRIPT), str(retries), "pmix" if mpi else "none", *command]
     with interrupts.put_off():
-        job_id = int(jobs.ask(argv, cwd=str(directory), env=_environment()).partition(";")[0])
+        job_id = int(jobs.ask(argv, cwd=str(directory), env=jobs.environment()).partition(";")[0])
         click.echo(job_id)
     if wait:
         from container_manager import job_wait
@@ -142,6 +144,10 @@ def _working_directory() -> Path:
         here = Path.cwd()
     except FileNotFoundError as error:
         raise ContainerError("the working directory is there no longer", "cd") from error
+    if "\\" in str(here):
+        raise ContainerError(
+            f"Slurm can write no log in {printable(str(here))}: it has a backslash", "run cmrun elsewhere"
+        )
     if _mount(here) == _mount(home.resolve()):
         return here
     click.echo(
@@ -166,15 +172,6 @@ def _ensure_logs(directory: Path) -> None:
         raise ContainerError(f"{printable(str(logs))} cannot be made: {error.strerror}") from error
     if not os.access(logs, os.W_OK | os.X_OK):
         raise ContainerError(f"{printable(str(logs))} is not yours to write to", "run cmrun elsewhere")
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment for sbatch: without settings that would change what it does."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_FOR_SLURM) or name.startswith("SLURM_CONF")
-    }
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import sys
 import click
 
 from container_manager import interrupts
-from container_manager.errors import ContainerError
+from container_manager.errors import ContainerError, Refusal
 
 
 def be(command: click.Command) -> None:
@@ -13,6 +13,8 @@ def be(command: click.Command) -> None:
     interrupts.raise_them()
     try:
         command()
+    except Refusal as refusal:
+        sys.exit(str(refusal))
     except ContainerError as error:
         sys.exit(f"error: {error}")
     except interrupts.Interrupted as interrupted:

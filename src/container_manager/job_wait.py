@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -14,7 +15,9 @@ from container_manager.errors import ContainerError
 _TIMED_OUT = 124
 """As timeout(1) has it."""
 _SOONEST_S, _LATEST_S = 0.05, 5.0
-_ATTACHED_S = 60.0
+_HANGING_S = 600
+_STEP = "--overlap --nodes=1 --ntasks=1 --mem=0 --mpi=none --job-name=wait --quiet".split()
+"""It takes nothing from the clones."""
 _AWAY_S = 300.0
 """How long slurmctld may be silent: it is restarted within less."""
 
@@ -39,8 +42,8 @@ def wait(number: int) -> int:
 def _ended(number: int) -> dict[str, str]:
     """Return what Slurm knows of the job once it is over.
 
-    While it runs, Slurm's own connection to its step says when that ends. While it waits to run, or is about to end, it
-    is asked for: the longer it has lasted already the less often, so that it is late by a tenth at most.
+    While it runs, a step of its own that only sleeps ends with it, and its srun is told so at once. While it waits to
+    run it is asked for: the longer it has waited already the less often, so that this is late by a tenth at most.
     """
     known, tries, since, heard = {}, 1, time.monotonic(), time.monotonic()
     while True:
@@ -58,28 +61,27 @@ def _ended(number: int) -> dict[str, str]:
             tries, since = now, time.monotonic()
         if state not in jobs.UNFINISHED:
             return known
-        if state == "RUNNING" and _attach(number):
+        if state == "RUNNING" and _hang_on(number):
             since = time.monotonic()
         time.sleep(min(max((time.monotonic() - since) / 10, _SOONEST_S), _LATEST_S))
 
 
-def _attach(number: int) -> bool:
-    """Be connected to the job's step until that ends, or for a while; say whether there was such a step."""
+def _hang_on(number: int) -> bool:
+    """Hang on the job until it ends, or for a while; say whether that could be done."""
     # With us, and not before: what is interrupted here must not leave it behind.
-    argv = ["setpriv", "--pdeathsig", "TERM", "sattach", "--quiet", f"{number}.0"]
+    argv = ["setpriv", "--pdeathsig", "TERM", "srun", f"--jobid={number}", *_STEP, "sleep", str(_HANGING_S)]
     begun = time.monotonic()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=_ATTACHED_S,
+            timeout=_HANGING_S * 2,
             check=False,
             start_new_session=True,
+            env=jobs.environment(),
         )
-    except subprocess.TimeoutExpired:
-        return True
     return time.monotonic() > begun + 0.5
 
 
@@ -88,7 +90,7 @@ def _told(number: int, known: dict[str, str]) -> int:
     state = known["JobState"].split()[0].lower()
     code, _, killed = known.get("ExitCode", "0:0").partition(":")
     tries = int(known.get("Restarts", "0")) + 1
-    how = jobs.how_it_ended(state, known.get("ExitCode", "0:0"), known.get("TimeLimit", "?"))
+    how = jobs.how_it_ended(state, known.get("ExitCode", "0:0"), jobs.short(known.get("TimeLimit", "")))
     if state == "completed":
         return 0
     said = how or state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from container_manager.errors import ContainerError
 
 _ANSWER_S = 20.0
 _ACCOUNTING_S = 2.0
+_SETTINGS = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")
 _RECENT = "now-1hour"
 _FIELD, _RECORD = "\x1f", "\x1e"
 _ENDED = "BOOT_FAIL,CANCELLED,COMPLETED,DEADLINE,FAILED,NODE_FAIL,OUT_OF_MEMORY,PREEMPTED,TIMEOUT"
@@ -45,7 +47,8 @@ class Node:
     @property
     def takes_jobs(self) -> bool:
         """Say whether it runs jobs, now or when others have ended."""
-        return self.state in ("idle", "mixed", "allocated", "completing")  # no flag: `idle*` does not answer
+        # `-`: the scheduler has plans with it. Other flags, as in `idle*` (does not answer), speak against it.
+        return self.state.rstrip("-") in ("idle", "mixed", "allocated", "completing")
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ def ended() -> list[Job]:
         number, state, restarts, tres, where, elapsed, limit, status, end, name = record.split(_FIELD, 9)
         word = state.split()[0].lower()
         nodes = "" if where == "None assigned" else where
-        how = how_it_ended(word, status, _short(limit))
-        times = (_short(elapsed), _short(limit))
+        how = how_it_ended(word, status, short(limit))
+        times = (short(elapsed), short(limit))
         found.append((end, Job(number, name, word, int(restarts) + 1, *_resources(tres), nodes, *times, how)))
     return [job for _, job in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -237,6 +240,15 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def environment() -> dict[str, str]:
+    """Return the environment for sbatch and srun: without settings that would change what they do."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_SETTINGS) or name.startswith("SLURM_CONF")
+    }
+
+
 def ask(
     argv: Sequence[str], *, timeout_s: float = _ANSWER_S, cwd: str | None = None, env: dict[str, str] | None = None
 ) -> str:
@@ -292,7 +304,7 @@ def _gpus(gres: str) -> int:
     return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
 
 
-def _short(time: str) -> str:
+def short(time: str) -> str:
     """Return a time of the accounting's as squeue writes it: `00:10:05` is `10:05`."""
     return re.sub(r"^(00:)?0?(?=\d)", "", time)
 

@@ -13,7 +13,7 @@ from container_manager.errors import ContainerError
 
 PREFIX = "my_task_container"
 
-_LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+_LEGAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 def is_legal(name: str) -> bool:
@@ -24,6 +24,12 @@ def is_legal(name: str) -> bool:
 def is_managed(name: str) -> bool:
     """Tell whether the manager touches a container of this name at all."""
     return name.startswith(PREFIX)
+
+
+def in_order(name: str) -> tuple[str, int]:
+    """Return what names are sorted by, the tenth after the ninth."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)
 
 
 def next_names(taken: Collection[str], number: int) -> list[str]:

@@ -1,18 +1,23 @@
-"""The task of many containers: each says what its share of many random numbers comes to, all at the same time."""
+"""The task of many containers: each says what its share of many random numbers comes to, all at the same time.
 
-import ast
+What takes long to import is imported where it is used: `cm --help` has no use for it.
+"""
+
+from __future__ import annotations
+
 import math
-import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from container_manager import interrupts
 from container_manager.errors import ContainerError
-from container_manager.files import written
 from container_manager.manager import Manager
 from container_manager.place import Container, Place
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 SIZE = 100_000
 CONTAINERS = 4
@@ -50,6 +55,10 @@ def share_size(size: int, index: int, shares: int) -> int:
 
 def write_numbers(path: Path, size: int, seed: int | None) -> None:
     """Write random numbers from 0 up to 1, one a line, to the last digit."""
+    import random
+
+    from container_manager.files import written
+
     chance = random.Random(seed)
     with written(path) as file:
         file.writelines(f"{chance.random()!r}\n" for _ in range(size))
@@ -61,6 +70,8 @@ def parsed(text: str, count: int) -> Figures:
     Raises:
         ContainerError: it said something else.
     """
+    import ast
+
     try:
         said = ast.literal_eval(text)
         return Figures(count, said["sum"], said["max"], said["min"], said["standard deviation"])
@@ -110,6 +121,8 @@ def run(
 
     If one fails, or this is interrupted, none of the containers is left; else they go on running.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     place = manager.place
     with manager.new(containers) as new, ThreadPoolExecutor(containers) as pool:
         try:

@@ -11,9 +11,15 @@ from live import PATIENCE, ROOT, LiveCluster
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 SHORT_S = 30
-PICTURES = {"comparing-flags.ipynb": 2, "first-experiment.ipynb": 1, "many-experiments.ipynb": 1}
+PICTURES = {"comparing-flags.ipynb": 2, "containers.ipynb": 2, "first-experiment.ipynb": 1, "many-experiments.ipynb": 1}
 SAID = {
     "comparing-flags.ipynb": [r"150 measurements on c\d", r"-O0 .* against -O2: .* slower"],
+    "containers.ipynb": [
+        "task2.py",
+        r"my_task_container_\d+ +running",
+        r"epoch 1000, loss 0\.1",
+        r"deleted all not running containers: \['my_task_container_",
+    ],
     "first-experiment.ipynb": [r"\d+ invocations, on c\d"],
     "many-experiments.ipynb": ["15 of 15 are done", r"measured on c\d", "failed: division by zero", "was cancelled"],
     "marking-a-class.ipynb": [

@@ -42,6 +42,8 @@ def test_backup_purge_restore(cluster: LiveCluster, tmp_path: Path) -> None:
     cluster.wait_until_runs(running)
     records = cluster.slurm("sacct -X -a -n -P -S now-7days -o JobID,User,State,Start,End -s CD,F,CA").splitlines()
 
+    images = tmp_path / "images.tar"
+    invoke("save-images", str(images), timeout_s=300).ok()
     invoke("backup", str(file), timeout_s=120).ok()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     cluster.slurm(f"scancel {running}")
@@ -51,7 +53,8 @@ def test_backup_purge_restore(cluster: LiveCluster, tmp_path: Path) -> None:
         result.ok()
         _nothing_is_left(cluster)
         assert invoke("down", "--purge", timeout_s=120).exit_status == 0, "never an error when there is nothing"
-    invoke("restore", str(file), timeout_s=900).ok()
+    invoke("load-images", str(images), timeout_s=300).ok()
+    assert "building" not in invoke("restore", str(file), timeout_s=900).ok()
 
     cluster.wait_until_idle(timeout_s=120)
     assert snapshot(cluster) == before

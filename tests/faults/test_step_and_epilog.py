@@ -51,11 +51,16 @@ def _locks_are_held(cluster: LiveCluster, worker: str) -> Iterator[None]:
         cluster.in_service("slurmd", "rm /tmp/holders", worker).ok()
 
 
+def _epilog_fails(cluster: LiveCluster, worker: str) -> AbstractContextManager[None]:
+    return _epilog_then(cluster, worker, "exit 3")
+
+
 @contextlib.contextmanager
-def _epilog_fails(cluster: LiveCluster, worker: str) -> Iterator[None]:
-    failing = f"#!/bin/sh\n{EPILOG}.whole\nexit 3\n"
+def _epilog_then(cluster: LiveCluster, worker: str, more: str) -> Iterator[None]:
+    """Have the epilog do something more when it has done all that it should."""
+    program = f"#!/bin/sh\n{EPILOG}.whole\n{more}\n"
     cluster.in_service(
-        "slurmd", f"cp {EPILOG} {EPILOG}.whole && printf '{failing}' >{EPILOG}.new && chmod 755 {EPILOG}.new", worker
+        "slurmd", f"cp {EPILOG} {EPILOG}.whole && printf '{program}' >{EPILOG}.new && chmod 755 {EPILOG}.new", worker
     ).ok()
     cluster.in_service("slurmd", f"mv {EPILOG}.new {EPILOG}", worker).ok()
     try:
@@ -100,3 +105,25 @@ def test_worker_takes_no_further_job_and_others_go_on(
         load.wait_for_results(3)
         load.stop()
         assert len(load.errors()) == lost, load.errors()
+
+
+def test_epilog_that_hangs_holds_its_machine_and_no_other(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    hanging = "sleep 987"
+    kinds = {"chains": 3, "leases": 0, "executors": 0}
+    with Victim(cluster, worker, VICTIM) as victim, Load(cluster, users=OTHERS, **kinds) as load:
+        with _epilog_then(cluster, worker, f"exec {hanging}"):
+            victim.program.kill()
+            hangs = f"pgrep -xf '{hanging}'"
+            wait_until(
+                lambda: cluster.in_service("slurmd", hangs, worker).exit_status == 0, timeout_s=60, what="it hangs"
+            )
+            load.wait_for_results(5)
+            assert _state(cluster, worker).split()[0] in ("completing", "allocated"), "its job is not over for Slurm"
+            assert cluster.slurm(f"squeue -h -w {worker} -t running").strip() == ""
+            cluster.in_service("slurmd", f"pkill -xf '{hanging}'", worker).ok()
+            wait_until(lambda: "Epilog error" in _state(cluster, worker), timeout_s=60, what=f"{worker} is drained")
+        cluster.slurm(f"scontrol update nodename={worker} state=resume")
+        load.wait_for_results(3)
+        load.stop()
+        assert not load.errors(), load.errors()

@@ -13,6 +13,7 @@ import pytest
 
 from cfiddle_cluster import config
 from cfiddle_cluster.commands import CommandError, docker_cli, run
+from cfiddle_cluster.state import new_secret
 from cfiddle_cluster.wait import wait_until
 from containers import Container, Start
 
@@ -98,7 +99,10 @@ def slurm(network: str, start_for_all: Start, secret_file: Secret, munge_key: Pa
     slurmdbd = start_for_all("cluster", "slurmdbd", options=[*common, *with_password, *settings, *named("slurmdbd")])
     slurmctld = start_for_all("cluster", "slurmctld", options=[*common, *settings, *named("slurmctld")])
     shared_memory = ["--tmpfs", "/tmp:mode=1777", "--volume", "/run/cfiddle-grants", "--env", "SLURMD_CPUS=4"]
-    slurmd = start_for_all("cluster", "slurmd", options=[*common, *shared_memory, *named("c1")])
+    authority = secret_file("ssh-authority", new_secret("ssh-authority"))
+    authority.chmod(0o400)
+    with_authority = f"--volume={authority}:/run/secrets/ssh-authority:ro"
+    slurmd = start_for_all("cluster", "slurmd", options=[*common, *shared_memory, with_authority, *named("c1")])
     for container in (slurmctld, slurmdbd):
         container.run("tee", "/var/lib/extrausers/passwd", input=ACCOUNTS)
         container.wait_until_healthy()

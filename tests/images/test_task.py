@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -381,10 +382,8 @@ def test_task3(ada: User) -> None:
 
 def test_help_comes_at_once(ada: User) -> None:
     assert ada.cm("--help").out.startswith("Usage: CM.py [OPTIONS] COMMAND [ARGS]...\n\nOptions:\n")
-    argv = [sys.executable, str(ROOT / "CM.py"), "--help"]
-    times = []
-    for _ in range(5):
-        began = time.monotonic()
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=30)
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.15
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, ROOT / "CM.py", "--help"], check=True, stdout=subprocess.DEVNULL, timeout=30)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the CPU: a machine that is busy with something else takes longer.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.15

@@ -14,6 +14,7 @@ import pytest
 from cfiddle_cluster import config, images
 from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.config import LABEL
+from cfiddle_cluster.state import new_secret
 from cfiddle_cluster.users import PROBE, User, group, passwd
 from live import ROOT, wait_until
 
@@ -87,7 +88,8 @@ def host(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserH
     base = tmp_path_factory.mktemp("userhost")
     for name in ("secrets", "accounts", "homes"):
         (base / name).mkdir(mode=0o755)
-    for name, text, uid in (("munge-key", KEY, 801), ("jupyter-token", TOKEN, 0)):
+    authority = new_secret("ssh-authority")
+    for name, text, uid in (("munge-key", KEY, 801), ("jupyter-token", TOKEN, 0), ("ssh-authority", authority, 0)):
         path = base / "secrets" / name
         path.write_text(text)
         path.chmod(0o400)
@@ -152,7 +154,8 @@ def test_only_init_and_what_waits_is_root(host: UserHost) -> None:
     roots = {arguments for user, arguments in processes if user == "root"}
     assert all(
         re.match(
-            r"tini|bash /usr/local/sbin/userhost|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|getent|runc init",
+            r"tini|bash /usr/local/sbin/userhost|sshd: /usr/sbin/sshd|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|"
+            r"getent|runc init",
             process,
         )
         for process in roots
@@ -182,6 +185,8 @@ def test_other_users_read_neither_secret_nor_token_nor_another_s_home(host: User
     for path in (
         "/run/secrets/munge-key",
         "/run/secrets/jupyter-token",
+        "/run/secrets/ssh-authority",
+        "/run/ssh-identity/key",
         "/run/jupyter/token",
         "/home/jovyan/.bashrc",
         "/home/eve/.bashrc",

@@ -9,21 +9,23 @@ import pytest
 from container_manager import interrupts
 from container_manager.interrupts import Interrupted
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in NUMBERS}
     interrupts.raise_them()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signal_is_raised(number: int, status: int) -> None:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_signal_is_raised(number: int) -> None:
     with pytest.raises(Interrupted) as caught:
         os.kill(os.getpid(), number)
-    assert caught.value.exit_status == status
+    assert caught.value.exit_status == 128 + number
 
 
 def test_signal_waits_for_the_end_of_what_must_be_whole() -> None:

@@ -69,3 +69,13 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ContainerError, match="no lock can be kept"), names.giving():
         pytest.fail("names are given without a lock")
+
+
+def test_the_tenth_comes_after_the_ninth() -> None:
+    found = ["my_task_container_10", "my_task_container_9", "my_task_container", "other"]
+    assert sorted(found, key=names.in_order) == [
+        "my_task_container",
+        "my_task_container_9",
+        "my_task_container_10",
+        "other",
+    ]

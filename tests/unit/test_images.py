@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> config.Config:
     """Return the configuration of a checkout that has a Dockerfile and the sources of every image."""
     for image in images.IMAGES.values():
         directory = tmp_path / "images" / image.name
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "Dockerfile").write_text(f"FROM {image.name}\n")
         for source in image.sources:
             path = tmp_path / source
@@ -92,7 +92,7 @@ def test_change_renames_the_image_and_its_children_alone(checkout: config.Config
     (checkout.root / "images/common/Dockerfile").write_text("FROM something else\n")
     after = images.built(checkout)
     assert {name for name in before if before[name] != after[name]} == {
-        "common", "machine", "registry", "mysql", "cluster", "agent", "user",
+        "common", "mpi", "machine", "registry", "mysql", "cluster", "agent", "user",
     }  # fmt: skip
 
 

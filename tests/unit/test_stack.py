@@ -35,9 +35,8 @@ def sources(service: str) -> list[str]:
 
 
 def test_every_name_in_the_stack_file_has_a_value_and_no_value_is_unused() -> None:
-    text = "\n".join(
-        line for line in (ROOT / "docker-compose.yml").read_text().splitlines() if line.lstrip()[:1] != "#"
-    )
+    files = (ROOT / "docker-compose.yml", ROOT / "conf/ssh-port.yml")
+    text = "\n".join(line for file in files for line in file.read_text().splitlines() if line.lstrip()[:1] != "#")
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values())
 
 
@@ -77,6 +76,7 @@ def test_secrets_are_readable_for_those_alone_who_need_them() -> None:
         ("mysql", "database-password", "803"),
         ("slurmdbd", "database-password", "0"),
         ("userhost", "jupyter-token", "1000"),
+        *((name, "ssh-authority", "0") for name in ("slurmd", "userhost")),
         *((name, "munge-key", "801") for name in ("slurmdbd", "slurmctld", "slurmd", "userhost")),
     }
 
