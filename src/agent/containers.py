@@ -119,7 +119,7 @@ def configuration(
             "CapDrop": ["ALL"],
             "IpcMode": "private",
             "LogConfig": {"Type": "none"},
-            "Mounts": [{**volume, "Target": target} for target in (f"/home/{owner.user}", "/home/me")],
+            "Mounts": [{**volume, "Target": target} for target in sorted({f"/home/{owner.user}", "/home/me"})],
             "NetworkMode": network,
             "OomScoreAdj": 500,  # a container goes before what keeps the machine going
             "PidsLimit": policy.processes,
@@ -289,11 +289,11 @@ class Containers:
                 self._tell(job, Outcome(uid, container, None, time.monotonic()))
                 wire.send(connection, {"type": "running", "container": container})
                 status = self._watch(connection, container, held, grant)
-                if held.reason == "stopped":
-                    status = 0
-                log.info("container %s of user %d, job %d: ended with status %s", name, uid, job, status)
-                with contextlib.suppress(OSError):
-                    wire.send(connection, {"type": "ended", "status": status, "reason": held.reason})
+            if held.reason == "stopped":
+                status = 0
+            log.info("container %s of user %d, job %d: ended with status %s", name, uid, job, status)
+            with contextlib.suppress(OSError):
+                wire.send(connection, {"type": "ended", "status": status, "reason": held.reason})
         except (Refused, EngineError) as error:
             refusal = error if isinstance(error, Refused) else Refused("engine", str(error))
             self._tell(job, Outcome(uid, "", refusal, time.monotonic()))

@@ -25,6 +25,7 @@ class FakePlace:
         self.states: dict[str, Container] = {}
         self.fails: dict[str, BaseException] = {}
         self.status = 0
+        self.away: list[str] = []
         self._lock = threading.Lock()
         self._made = 0
 
@@ -33,6 +34,9 @@ class FakePlace:
 
     def containers(self) -> list[Container]:
         return sorted(self.states.values(), key=lambda container: container.created, reverse=True)
+
+    def silent(self) -> list[str]:
+        return self.away
 
     def create(self, names: Sequence[str]) -> None:
         for name in names:
@@ -273,3 +277,10 @@ def test_container_that_does_not_start_is_kept(place: FakePlace) -> None:
     with pytest.raises(ContainerError, match="no room"):
         Manager(place).ready(container.name)
     assert container.name in place.states
+
+
+def test_machine_that_does_not_answer_is_named_beside_the_list(place: FakePlace, command: Command) -> None:
+    place.away = ["c2"]
+    said = "c2 does not answer: containers that are there are not shown\n"
+    assert command("list", stderr=said) == "There are 0 containers:\n"
+    assert command("list", "--json", stderr=said) == "[]\n"
