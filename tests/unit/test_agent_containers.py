@@ -16,8 +16,10 @@ import pytest
 
 from agent import containers, wire
 from agent.container_policy import ContainerPolicy
-from agent.containers import Containers, Owner, configuration, limits
+from agent.container_shape import Owner, Wanted, configuration, limits
+from agent.containers import Containers
 from agent.engine import EngineError
+from agent.gpus import Gpu
 from agent.grants import Grant
 from agent.wire import Refused
 from live import wait_until
@@ -225,6 +227,7 @@ def make(
             homes=homes,  # type: ignore[arg-type]
             home_options=lambda name: {"type": "none", "o": "bind", "device": f"/srv/{name}"},
             network="cfiddle-users",
+            own_image="sha256:2",
         )
 
     return make
@@ -241,7 +244,7 @@ def ask(kept: Containers) -> Iterator[Callable[..., Step]]:
     steps: list[Step] = []
 
     def ask(*, uid: int = ME, **fields: Any) -> Step:
-        request = {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "again": False} | fields
+        request = {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False} | fields
         steps.append(Step(kept, uid, request))
         return steps[-1]
 
@@ -260,6 +263,11 @@ def _code(function: Callable[..., object], *args: Any, **fields: Any) -> str:
     return caught.value.code
 
 
+def _shape_of(user: str, *, home: dict[str, str]) -> dict[str, Any]:
+    wanted = Wanted(Owner(1, 1, user), "a", "i", "sha256:1")
+    return configuration(wanted, policy=POLICY, grant=None, home=home, network="n")
+
+
 def _status(engine: FakeEngine, container: str) -> str:
     return str(engine.there[container]["Status"])
 
@@ -269,15 +277,9 @@ def _status(engine: FakeEngine, container: str) -> str:
 
 def test_shape_of_a_container_is_the_golden_one() -> None:
     home = {"type": "nfs", "o": "addr=10.0.0.1", "device": ":/homes/ada"}
-    wanted = configuration(
-        Owner(2001, 100, "ada"),
-        "a.b-",
-        image="sha256:1",
-        policy=POLICY,
-        grant=GRANT,
-        home=home,
-        network="cfiddle-users",
-    )
+    cards = [Gpu(0, "NVIDIA H200", "GPU-1")]
+    shape = Wanted(Owner(2001, 100, "ada"), "a.b-", "my_task_image", "sha256:1", ports=[25000], gpus=cards)
+    wanted = configuration(shape, policy=POLICY, grant=GRANT, home=home, network="cfiddle-users")
     assert json.dumps(wanted, indent=1, sort_keys=True) + "\n" == GOLDEN
 
 
@@ -290,9 +292,11 @@ def test_container_that_is_in_no_job_yet_gets_its_limits_with_the_job(
     assert engine.updated == [(container, {"Memory": 2**29, "MemorySwap": 2**29, "NanoCpus": 2 * 10**9})]
 
 
-def test_user_who_is_called_as_everybody_s_home_is_has_it_once() -> None:
-    wanted = configuration(Owner(1, 1, "me"), "a", image="i", policy=POLICY, grant=None, home={}, network="n")
-    assert [mount["Target"] for mount in wanted["HostConfig"]["Mounts"]] == ["/home/me"]
+@pytest.mark.parametrize(("user", "homes"), [("me", ["/home/me"]), ("zoe", ["/home/zoe", "/home/me"])])
+def test_home_is_there_by_the_user_s_name_and_by_everybody_s_once_each(user: str, homes: list[str]) -> None:
+    wanted = _shape_of(user, home={})
+    assert [mount["Target"] for mount in wanted["HostConfig"]["Mounts"]] == homes
+    assert f"HOME=/home/{user}" in wanted["Env"]
 
 
 def test_what_a_grant_does_not_say_is_no_limit() -> None:
@@ -301,9 +305,7 @@ def test_what_a_grant_does_not_say_is_no_limit() -> None:
 
 def test_other_options_of_a_home_are_another_volume() -> None:
     def source(device: str) -> str:
-        home = {"device": device}
-        wanted = configuration(Owner(1, 1, "me"), "a", image="i", policy=POLICY, grant=None, home=home, network="n")
-        return str(wanted["HostConfig"]["Mounts"][0]["Source"])
+        return str(_shape_of("me", home={"device": device})["HostConfig"]["Mounts"][0]["Source"])
 
     assert source("/a/me") == source("/a/me") != source("/b/me")
 
@@ -357,7 +359,7 @@ def test_administrator_reaches_users_containers_alone(
 
 
 def test_image_must_be_one_of_the_policy_s(kept: Containers) -> None:
-    with pytest.raises(Refused, match=r"no image 'debian\\n'; there are: my_task_image") as caught:
+    with pytest.raises(Refused, match=r"there is no image 'debian\\n'") as caught:
         _create(kept, "a", image="debian\n")
     assert caught.value.code == "image"
 
@@ -554,7 +556,7 @@ def test_container_in_a_job_is_not_swept(
 ) -> None:
     monkeypatch.setattr(containers, "_ADOPTION_S", 0)
     kept = make()
-    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "again": False})
+    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False})
     container = step.hears()["container"]
     stray = _create(kept, "b")
     engine.start(stray)

@@ -16,11 +16,12 @@ import pytest
 
 from agent import letters
 from agent.letters import LetterError
-from container_manager import agents, cluster, interrupts, room
+from container_manager import agents, cluster, interrupts, launch, room
 from container_manager.agents import AgentRefused, Agents, together
 from container_manager.cluster import Cluster
 from container_manager.errors import ContainerError
 from container_manager.interrupts import Interrupted
+from container_manager.launch import Launch
 from container_manager.place import Container
 from container_manager.room import Job, Machine
 from live import wait_until
@@ -45,17 +46,38 @@ Says = Callable[[str, str], Path]
 # --- what Slurm says -------------------------------------------------------------------------------------------------
 
 
-def test_job_is_submitted_as_it_shall_be(says: Says) -> None:
-    asked = says("sbatch", "echo '17;cluster'")
-    options: dict[str, Any] = {"user": "me", "name": "a", "image": "i", "cpus": 2, "memory_mb": 300}
-    assert room.submit(machine="c2", options=["--gres", "gpu:1"], **options) == 17
+def _launch(**wanted: Any) -> Launch:
+    known: dict[str, Any] = {"user": "me", "name": "a", "image": "i", "machine": "", "cpus": 2, "memory_mb": 300}
+    return Launch(**(known | wanted))
+
+
+def _submitted(asked: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the options that sbatch was given with a value each, and its last words."""
     argv = asked.read_text().split("\n")[:-1]
-    assert argv[-4:] == ["/usr/local/lib/cfiddle/container-job", "me", "a", "i"]
-    assert argv[-8:-4] == ["--nodelist", "c2", "--gres", "gpu:1"]
-    given = dict(itertools.pairwise(argv))
+    return dict(itertools.pairwise(argv)), argv[-5:]
+
+
+def test_job_is_submitted_as_it_shall_be(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 2001)
+    asked = says("sbatch", "echo '17;cluster'")
+    assert room.submit(_launch(machine="c2", gpus=("titan_xp", "h200", "titan_xp"), ports=3)) == 17
+    given, words = _submitted(asked)
+    assert words == ["/usr/local/lib/cfiddle/container-job", "me", "a", "i", "3"]
+    assert (given["--nodelist"], given["--gres"]) == ("c2", "gpu:titan_xp:2,gpu:h200:1")
     assert (given["--cpus-per-task"], given["--mem"], given["--export"]) == ("2", "300M", "NIL")
-    room.submit(machine="", **options)
-    assert "--nodelist" not in asked.read_text()
+    assert not {"--uid", "--oversubscribe"} & set(given)
+    room.submit(_launch(shares_cpus=True))
+    given, words = _submitted(asked)
+    assert words[-1] == "0"
+    assert "--oversubscribe" in given
+    assert not {"--nodelist", "--gres"} & set(given)
+
+
+def test_administrator_submits_for_the_container_s_owner(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    asked = says("sbatch", "echo 17")
+    room.submit(_launch(user="ada"))
+    assert _submitted(asked)[0]["--uid"] == "ada"
 
 
 @pytest.mark.parametrize(
@@ -105,24 +127,49 @@ def test_nothing_is_cancelled_where_there_is_nothing(says: Says) -> None:
     assert not asked.exists()
 
 
+def _node(name: str, state: str, **more: str) -> str:
+    """Return a machine's line as scontrol has it."""
+    told = {"NodeName": name, "CPUAlloc": "2", "CPUEfctv": "7", "Gres": "gpu:titan_xp:2(S:0)", "RealMemory": "8000"}
+    told |= {"GresUsed": "gpu:titan_xp:1(IDX:0)", "AllocMem": "2048", "MemSpecLimit": "1000", "State": state}
+    return " ".join(f"{key}={value}" for key, value in {**told, "Partitions": "normal,shared", **more}.items())
+
+
 def test_machines_and_what_is_free_on_them(says: Says) -> None:
-    lines = ["c1   |mixed     |3/1/0/4   |4000  |1500 |", "c2   |down*     |0/0/4/4   |4000  |0    |"]
-    says("sinfo", f"printf '%s\\n' {' '.join(map(repr, lines))}")
-    assert room.machines() == [Machine("c1", "mixed", 1, 2500), Machine("c2", "down*", 0, 4000)]
+    lines = [
+        _node("c2", "DOWN*+DYNAMIC_NORM", Gres="(null)", GresUsed="gpu:0"),
+        _node("c1", "MIXED+DYNAMIC_NORM"),
+        _node("other", "IDLE", Partitions="normal"),
+    ]
+    asked = says("scontrol", f"printf '%s\\n' {' '.join(map(repr, lines))}")
+    assert room.machines() == [
+        Machine("c1", "mixed+dynamic_norm", 5, 4952, {"titan_xp": 1}),
+        Machine("c2", "down*+dynamic_norm", 5, 4952, {}),
+    ]
+    assert asked.read_text().split() == ["--details", "--oneliner", "show", "nodes"]
 
 
 @pytest.mark.parametrize(
     ("state", "takes"),
     [
-        *((state, True) for state in ("idle", "mixed", "allocated", "idle~", "mixed#")),
+        *(
+            (state, True)
+            for state in (
+                *("idle", "mixed", "allocated", "idle+dynamic_norm", "mixed+completing"),
+                *("idle+cloud+powered_down", "mixed+cloud+powering_up"),
+            )
+        ),
         *(
             (state, False)
-            for state in ("down", "down*", "idle*", "drained", "draining", "reserved", "mixed*", "unknown")
+            for state in (
+                *("down", "down*", "idle*", "mixed*+dynamic_norm", "idle+not_responding", "unknown"),
+                *("idle+drain+dynamic_norm", "mixed+drain", "idle+reserved", "idle+maintenance+reserved"),
+                *("idle+fail", "idle+invalid_reg", "idle+cloud+powering_down"),
+            )
         ),
     ],
 )
 def test_machine_takes_jobs_in_some_states(state: str, takes: bool) -> None:
-    assert Machine("c1", state, 1, 1).takes_jobs is takes
+    assert Machine("c1", state, 1, 1, {}).takes_jobs is takes
 
 
 @pytest.mark.parametrize(
@@ -132,6 +179,10 @@ def test_machine_takes_jobs_in_some_states(state: str, takes: bool) -> None:
             "echo 'sbatch: error: Batch job submission failed: no' >&2; exit 1",
             "sbatch: Batch job submission failed: no",
         ),
+        (
+            "echo 'sbatch: error: Batch job submission failed: Requested node configuration is not available' >&2; exit 1",
+            "no machine that is up has so many CPUs, so much memory or such GPUs",
+        ),
         ("exit 3", "sbatch: exit status 3"),
         ("exec sleep 60", "sbatch did not answer within 0.2 s"),
     ],
@@ -140,7 +191,7 @@ def test_what_slurm_refuses_is_said(says: Says, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(room, "_TIMEOUT_S", 0.2)
     says("sbatch", said)
     with pytest.raises(ContainerError, match=message):
-        room.submit(user="me", name="a", image="", machine="", cpus=1, memory_mb=1)
+        room.submit(_launch())
 
 
 def test_without_slurm_this_is_no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,7 +201,7 @@ def test_without_slurm_this_is_no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_ctrl_c_of_the_terminal_does_not_reach_slurm_s_commands(says: Says) -> None:
-    says("sinfo", "ps -o sid= -p $$ >&2; ps -o sid= -p $$; exit 1")
+    says("scontrol", "ps -o sid= -p $$ >&2; ps -o sid= -p $$; exit 1")
     with pytest.raises(ContainerError) as caught:
         room.machines()
     session = str(caught.value).split()[-1]
@@ -163,10 +214,12 @@ def test_ctrl_c_of_the_terminal_does_not_reach_slurm_s_commands(says: Says) -> N
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, interrupts._handler)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    interrupts.raise_them()
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_results_come_in_order_from_calls_at_once() -> None:
@@ -218,14 +271,14 @@ class FakeSlurm:
 
     def __init__(self) -> None:
         self.jobs: dict[int, Job] = {}
-        self.submitted: list[dict[str, Any]] = []
+        self.submitted: list[Launch] = []
         self.cancelled: list[int] = []
-        self.free: list[Machine] = [Machine("c1", "idle", 2, 4000), Machine("c2", "idle", 2, 3000)]
-        self.on_submit: Callable[[dict[str, Any]], Job] = lambda wanted: Job("RUNNING", wanted["machine"], "None")
+        self.free: list[Machine] = [Machine("c1", "idle", 2, 4000, {}), Machine("c2", "idle", 2, 3000, {})]
+        self.on_submit: Callable[[Launch], Job] = lambda wanted: Job("RUNNING", wanted.machine, "None")
         self.submitting: Callable[[], object] = lambda: None
         self._numbers = itertools.count(7)
 
-    def submit(self, **wanted: Any) -> int:
+    def submit(self, wanted: Launch) -> int:
         self.submitting()
         number = next(self._numbers)
         self.submitted.append(wanted)
@@ -277,9 +330,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     found = FakeSlurm()
     for name in ("submit", "job", "cancel", "let_go_anywhere", "machines"):
         monkeypatch.setattr(room, name, getattr(found, name))
-    monkeypatch.setattr(cluster, "_LOOK_S", 0.02)
-    monkeypatch.setattr(cluster, "_PINNED_S", 0.05)
-    monkeypatch.setattr(cluster, "_SAY_S", 0.1)
+    monkeypatch.setattr(launch, "_LOOK_S", 0.02)
+    monkeypatch.setattr(launch, "_FIRST_LOOK_S", 0.02)
+    monkeypatch.setattr(launch, "_PINNED_S", 0.05)
+    monkeypatch.setattr(launch, "_SAY_S", 0.1)
     return found
 
 
@@ -320,7 +374,7 @@ def test_containers_of_all_machines_are_listed_newest_first(place: Cluster, aske
 
 def test_machine_that_slurm_knows_and_that_does_not_answer_is_silent(place: Cluster, slurm: FakeSlurm) -> None:
     assert place.silent() == []
-    slurm.free.append(Machine("c3", "down*", 0, 4000))
+    slurm.free.append(Machine("c3", "down*", 0, 4000, {}))
     assert place.silent() == ["c3"]
 
 
@@ -333,7 +387,11 @@ def test_new_containers_go_where_most_memory_is_free_by_turns(place: Cluster, as
 def test_new_containers_go_to_no_machine_that_is_down_or_silent(
     place: Cluster, slurm: FakeSlurm, asked: FakeAgents
 ) -> None:
-    slurm.free = [Machine("c1", "down*", 0, 4000), Machine("c2", "mixed", 1, 1000), Machine("c3", "idle", 2, 9000)]
+    slurm.free = [
+        Machine("c1", "down*", 0, 4000, {}),
+        Machine("c2", "mixed", 1, 1000, {}),
+        Machine("c3", "idle", 2, 9000, {}),
+    ]
     place.create(["n0", "n1", "n2"])
     assert {machine for machine, _, _ in asked.asked} == {"c2"}
     slurm.free = slurm.free[:1]
@@ -345,11 +403,12 @@ def test_container_runs_in_a_job_on_its_machine(place: Cluster, slurm: FakeSlurm
     place.start(
         [_container(), _container("my_task_container_1", "c2", "exited", "b"), _container(status="running", id_="c")]
     )
-    wanted = {one["name"]: (one["machine"], one["image"], one["cpus"], one["memory_mb"]) for one in slurm.submitted}
+    wanted = {one.name: (one.machine, one.image, one.cpus, one.memory_mb) for one in slurm.submitted}
     assert wanted == {
         "my_task_container_0": ("c1", "my_task_image", 1, 512),
         "my_task_container_1": ("c2", "", 1, 512),
     }
+    assert all(one.shares_cpus and not one.ports and one.patience_s is None for one in slurm.submitted)
     assert slurm.cancelled == []
     assert {kind for _, kind, _ in asked.asked} == {"outcome"}
     assert place.data.is_dir()

@@ -428,22 +428,3 @@ def test_setup_names_what_is_missing_and_what_is_in_the_way(world: World) -> Non
         "c2: lacks the image ubuntu:latest; on the head: ./invoke setup-containers",
         "c2: container left-over is not the cluster's: remove it",
     ]
-
-
-def test_machines_are_read_from_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def line(name: str, state: str, **more: str) -> str:
-        told = {"NodeName": name, "CPUAlloc": "2", "CPUEfctv": "7", "Gres": "gpu:titan_xp:2(S:0)", "RealMemory": "8000"}
-        told |= {"GresUsed": "gpu:titan_xp:1(IDX:0)", "AllocMem": "2048", "MemSpecLimit": "1000", "State": state}
-        return " ".join(f"{key}={value}" for key, value in {**told, "Partitions": "normal,shared", **more}.items())
-
-    lines = [
-        line("c2", "DOWN*+DYNAMIC_NORM", Gres="(null)", GresUsed="gpu:0"),
-        line("c1", "MIXED+DYNAMIC_NORM"),
-        line("c3", "IDLE+DRAIN+DYNAMIC_NORM"),
-        line("other", "IDLE", Partitions="normal"),
-    ]
-    monkeypatch.setattr(room, "_run", lambda *_args, **_options: "\n".join(lines))
-    found = room.machines()
-    assert [(machine.name, machine.takes_jobs) for machine in found] == [("c1", True), ("c2", False), ("c3", False)]
-    assert (found[0].free_cpus, found[0].free_memory_mb, dict(found[0].free_gpus)) == (5, 4952, {"titan_xp": 1})
-    assert dict(found[1].free_gpus) == {}
