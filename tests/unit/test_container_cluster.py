@@ -180,7 +180,7 @@ def test_machine_takes_jobs_in_some_states(state: str, takes: bool) -> None:
             "sbatch: Batch job submission failed: no",
         ),
         (
-            "echo 'sbatch: error: Batch job submission failed: Requested node configuration is not available' >&2; exit 1",
+            "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1",
             "no machine that is up has so many CPUs, so much memory or such GPUs",
         ),
         ("exit 3", "sbatch: exit status 3"),
