@@ -169,8 +169,10 @@ class Step:
 
 
 @pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
+def engine() -> Iterator[FakeEngine]:
+    found = FakeEngine()
+    yield found
+    found.on["listed"] = threading.Event().wait  # what looks after containers all the time rests from now on
 
 
 @pytest.fixture

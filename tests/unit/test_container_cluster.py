@@ -16,7 +16,7 @@ import pytest
 
 from agent import letters
 from agent.letters import LetterError
-from container_manager import agents, cluster, interrupts, launch, room
+from container_manager import agents, cluster, launch, room
 from container_manager.agents import AgentRefused, Agents, together
 from container_manager.cluster import Cluster
 from container_manager.errors import ContainerError
@@ -210,16 +210,6 @@ def test_ctrl_c_of_the_terminal_does_not_reach_slurm_s_commands(says: Says) -> N
 
 
 # --- all at once -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    interrupts.raise_them()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_results_come_in_order_from_calls_at_once() -> None:

@@ -73,6 +73,11 @@ class FakePlace:
             raise error
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "raise_them", lambda: None)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> FakePlace:
     return FakePlace(tmp_path)
@@ -82,7 +87,6 @@ def place(tmp_path: Path) -> FakePlace:
 def command(place: FakePlace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Return what runs `CM.py WORDS…` and returns its stdout; `status` and `stderr` are what else is expected of it."""
     monkeypatch.setattr(cm, "here", lambda: place)
-    monkeypatch.setattr(interrupts, "raise_them", lambda: None)
 
     def run(*words: str, status: int = 0, stderr: str = "") -> str:
         monkeypatch.setattr("sys.argv", ["CM.py", *words])
