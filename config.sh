@@ -44,5 +44,7 @@ TUNE="governor boost smt swap counters"
 # through an account at another registry. Its password or access token is taken from DOCKERHUB_TOKEN, once.
 DOCKERHUB_USERNAME=""
 REGISTRY_PORT=5000
+# The registry of images that users commit (ddocker commit), on the head too.
+USER_REGISTRY_PORT=5001
 # The release of Debian that all images are made of.
 DEBIAN_RELEASE="trixie"

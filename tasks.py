@@ -1,6 +1,7 @@
 """The administrator's commands. `./invoke --list` shows them, `./invoke --help TASK` explains one."""
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from invoke import Context, task
 
-from cfiddle_cluster import checks, images, logs, mpi, status, userhost
+from cfiddle_cluster import checks, images, info_json, logs, mpi, status, userhost
 from cfiddle_cluster.cluster import Cluster
 from cfiddle_cluster.errors import FOREIGN, ClusterError, explained
 
@@ -96,6 +97,30 @@ def distribute(cluster):
 def deploy(cluster):
     """Deploy the stack: secrets, configuration, services."""
     cluster.up(until="stack")
+
+
+@cluster_task(help={"command": "what stands after ddocker, in quotes, as in 'ps -a'"})
+def ddocker(cluster, command):
+    """Run ddocker as the administrator, who sees the containers of all users."""
+    return userhost.ddocker(shlex.split(command))
+
+
+@cluster_task
+def setup_containers(cluster):
+    """Bring the images that policy.yaml names to all machines; name what is in users' containers' way there."""
+    return cluster.set_up_containers()
+
+
+@cluster_task
+def free_images(cluster):
+    """Free the space of images that users committed and removed."""
+    cluster.free_images()
+
+
+@cluster_task
+def import_info(_cluster, file):
+    """Print what an info.json of ddocker's comes to, for policy.yaml and config.sh."""
+    print(info_json.section(Path(file)), end="")
 
 
 @cluster_task

@@ -26,7 +26,7 @@ NOBODY = "172.31.240.99"
 """An address of the simulated machines' network that none of them has."""
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost")
+SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "user-registry", "userhost")
 MACHINE = "cfiddle-machine-"
 SANDBOX_LABEL = "cfiddle.sandbox"
 CONTAINER_LABEL = "cfiddle.container"

@@ -13,6 +13,7 @@ SETTINGS = {
     "HOME_ROOT": "/srv/cfiddle-cluster/home",
     "JUPYTER_PORT": "8888",
     "REGISTRY_PORT": "5000",
+    "USER_REGISTRY_PORT": "5001",
     "CALIBRATION_LIMIT": "10",
     "TUNE": "governor boost smt swap counters",
     "HEAD_ADDR": "10.0.0.1",

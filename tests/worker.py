@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,15 @@ class Worker:
         wait_until(lambda: not self.sandboxes(), timeout_s=10, what="no sandbox is left")
 
 
-def start_worker(start: Start, image: Callable[[str], str], base: Path, policy: str) -> Worker:
-    """Start an agent with a policy, and a container in which job steps run; `base` is a directory for them."""
+def start_worker(
+    start: Start, image: Callable[[str], str], base: Path, policy: str, *, options: Sequence[str] = ()
+) -> Worker:
+    """Start an agent with a policy, and a container in which job steps run.
+
+    Args:
+        base: a directory for them.
+        options: further ones of docker run for the agent.
+    """
     (base / "policy.yaml").write_text(policy)
     (base / "policy.yaml").chmod(0o444)
     for name, mode in (("socket", 0o755), ("grants", 0o700), ("sandboxes", 0o755)):
@@ -120,6 +127,7 @@ def start_worker(start: Start, image: Callable[[str], str], base: Path, policy: 
             *("--volume", f"{base}/policy.yaml:/etc/cfiddle/policy.yaml:ro"),
             *("--volume", f"{base}/socket:/run/cfiddle-agent", "--volume", f"{base}/grants:/run/cfiddle-grants:ro"),
             *("--volume", f"{base}/sandboxes:/run/cfiddle-sandboxes"),
+            *options,
         ],
     )
     step = start(

@@ -115,12 +115,13 @@ def open_containers(
     engine: Engine, policy: ContainerPolicy | None, grants: Grants, quiet: Quiet, homes: Path
 ) -> Containers | None:
     """Keep users' containers and open the door to the network, if the policy has any."""
-    from agent import own, user_network
+    from agent import own, user_images, user_network
     from agent.containers import Containers
     from agent.door import Door
 
     if policy is None:
         return None
+    own_image = own.image(engine)
     containers = Containers(
         engine,
         policy,
@@ -128,7 +129,9 @@ def open_containers(
         quiet=quiet,
         homes=homes,
         home_options=own.volumes_in(engine, homes),
-        network=user_network.ensure(engine, image=own.image(engine)),
+        network=user_network.ensure(engine, image=own_image),
+        own_image=own_image,
+        registry=user_images.registry_of(os.environ),
     )
     Door(containers, address=own.address()).open()
     return containers

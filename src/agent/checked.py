@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
+
+# What no container may see, nor anything that it lies in: the kernel's files, sockets (the engine's among them), and
+# what the engine and the agent keep.
+CLOSED_SOURCES = ("/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker", "/var/lib/containerd")
 
 
 class PolicyError(Exception):
@@ -45,3 +50,22 @@ def whole(value: object, where: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise PolicyError(f"{where} is {value!r}, not a whole number from {least} to {most}")
     return value
+
+
+def path_outside(value: object, where: str, closed: tuple[str, ...]) -> str:
+    """Return an absolute path, written plainly, that neither lies in one of those that are closed nor holds one."""
+    if not isinstance(value, str) or not value.isprintable() or not value.startswith("/"):
+        raise PolicyError(f"{where} is {value!r}, not an absolute path")
+    # Two slashes at the start are left alone by normpath.
+    if value != os.path.normpath(value) or value.startswith("//"):
+        raise PolicyError(f"{where} is {value!r}; written plainly it is {os.path.normpath(value).replace('//', '/')!r}")
+    for path in closed:
+        if overlap(value, path):
+            raise PolicyError(f"{where} is {value!r}: what is in {path} cannot be mounted, nor over it")
+    return value
+
+
+def overlap(one: str, other: str) -> bool:
+    """Return whether one of two paths lies in the other, or they are the same."""
+    first, second = (path.rstrip("/") + "/" for path in (one, other))
+    return first.startswith(second) or second.startswith(first)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, TypeVar
 
+from agent import ports
 from agent.wire import Refused, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _ENGINE_NAME = re.compile(r"u[0-9]{1,10}\.[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_HOLD_FIELDS = {"v", "type", "job", "user", "name", "image", "again"}
+_HOLD_FIELDS = {"v", "type", "job", "user", "name", "image", "ports", "again"}
 
 Value = TypeVar("Value")
 
@@ -41,5 +42,7 @@ def hold_request(message: dict[str, Any]) -> dict[str, Any]:
     for name in ("user", "image"):
         field(message, name, str)
     field(message, "again", bool)
+    if not 0 <= field(message, "ports", int) <= ports.MOST:
+        raise Refused("field", f"ports is {shown(message['ports'])}, not a number from 0 to {ports.MOST}")
     name_of(message, administrator=False)
     return message

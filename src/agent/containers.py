@@ -8,9 +8,8 @@ been stopped, are held by nobody.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
+import os
 import re
 import select
 import socket
@@ -20,34 +19,39 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent import wire
+from agent import container_shape, gpus, ports, wire
 from agent.container_policy import ContainerPolicy
+from agent.container_shape import (
+    IMAGE_LABEL,
+    LABEL,
+    NAME_LABEL,
+    UID_LABEL,
+    Owner,
+    Wanted,
+    configuration,
+    engine_name,
+    limits,
+)
 from agent.engine import Command, Engine, EngineError
 from agent.grants import Grant, Grants
 from agent.quiet import Quiet
+from agent.user_images import Registry, UserImages, full_name
 from agent.wire import Refused
 
-LABEL = "cfiddle.container"
-UID_LABEL, NAME_LABEL = "cfiddle.uid", "cfiddle.name"
 RUNNING = "running"
+
+_CLUSTER_LABEL = "cfiddle.cluster"
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _LOOK_S = 0.5
 _GRACE_S = 1
+_STOPPED_S = 10.0
 _ADOPTION_S = 5.0
 _SWEEP_S = 2.0
 _DISK_LOOK_S = 30.0
 _REMEMBERED_S = 120.0
 
 log = logging.getLogger("agent")
-
-
-class Owner(NamedTuple):
-    """Whose a container is: uid and gid, and the name of the home directory."""
-
-    uid: int
-    gid: int
-    user: str
 
 
 class Outcome(NamedTuple):
@@ -72,73 +76,6 @@ class _Held:
         self.reason = ""
 
 
-def engine_name(uid: int, name: str) -> str:
-    """Return what the engine calls a user's container."""
-    return f"u{uid}.{name}"
-
-
-def configuration(
-    owner: Owner,
-    name: str,
-    *,
-    image: str,
-    policy: ContainerPolicy,
-    grant: Grant | None,
-    home: Mapping[str, str],
-    network: str,
-) -> dict[str, Any]:
-    """Return what the engine is asked for: all of it is the policy's, the job's or fixed here.
-
-    Args:
-        image: what the engine knows it by.
-        grant: of the job that it shall run in; None where it is only created.
-        home: options of a volume that is the owner's home directory.
-        network: the users' network.
-    """
-    digest = hashlib.sha256(json.dumps(sorted(home.items())).encode()).hexdigest()[:8]
-    volume = {
-        "Type": "volume",
-        "Source": f"cfiddle-home-{owner.user}-{digest}",  # a volume keeps the options that it was made with
-        "VolumeOptions": {
-            "NoCopy": True,
-            "Labels": {"cfiddle.cluster": "cfiddle"},
-            "DriverConfig": {"Name": "local", "Options": dict(home)},
-        },
-    }
-    return {
-        "Image": image,
-        "User": f"{owner.uid}:{owner.gid}",
-        "Hostname": name[:63].rstrip("-._"),
-        # What it runs is most often a shell, which ends where there is nothing to read.
-        "Tty": True,
-        "OpenStdin": True,
-        "Env": [f"HOME=/home/{owner.user}", f"USER={owner.user}", f"LOGNAME={owner.user}"],
-        "Labels": {"cfiddle.cluster": "cfiddle", LABEL: "1", UID_LABEL: str(owner.uid), NAME_LABEL: name},
-        "HostConfig": {
-            "CapAdd": [],
-            "CapDrop": ["ALL"],
-            "IpcMode": "private",
-            "LogConfig": {"Type": "none"},
-            "Mounts": [{**volume, "Target": target} for target in sorted({f"/home/{owner.user}", "/home/me"})],
-            "NetworkMode": network,
-            "OomScoreAdj": 500,  # a container goes before what keeps the machine going
-            "PidsLimit": policy.processes,
-            "Privileged": False,
-            "RestartPolicy": {"Name": "no"},
-            "SecurityOpt": ["no-new-privileges"],
-            "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
-            **(limits(grant) if grant else {}),
-        },
-    }
-
-
-def limits(grant: Grant) -> dict[str, Any]:
-    """Return what a container may use: what its job has."""
-    memory = grant.memory_mb * 2**20
-    found = {"Memory": memory, "MemorySwap": memory} if memory else {}
-    return found | ({"NanoCpus": grant.cpu_count * 10**9} if grant.cpu_count else {})
-
-
 class Containers:
     """The users' containers on this machine; its methods may be called from any thread."""
 
@@ -152,6 +89,8 @@ class Containers:
         homes: Path,
         home_options: Callable[[str], Mapping[str, str]],
         network: str,
+        own_image: str,
+        registry: Registry | None = None,
     ) -> None:
         """Begin to see to it that no container runs that is in no job.
 
@@ -159,6 +98,8 @@ class Containers:
             homes: where this process sees the users' home directories.
             home_options: returns the options of a volume that is the directory of this name there.
             network: the users' network.
+            own_image: the one that this process runs in.
+            registry: for what users commit.
         """
         self._engine = engine
         self._policy = policy
@@ -167,9 +108,13 @@ class Containers:
         self._homes = homes
         self._home_options = home_options
         self._network = network
+        self._own_image = own_image
+        self._user_images = UserImages(engine, registry, per_user=policy.images_per_user)
         self._changed = threading.Condition()
         self._busy: set[str] = set()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _Held] = {}  # by the engine's name
+        self._reporting = threading.Lock()
+        self._giving = threading.Lock()  # ports and GPUs
         self._outcomes: dict[int, Outcome] = {}
         self._created: dict[str, str] = {}
         self._written_mb: dict[int, float] = {}
@@ -183,13 +128,85 @@ class Containers:
         found = self._listed_of(uid) if uid else self._engine.listed(LABEL)
         return [self._told(container) for container in found]
 
-    def images(self) -> dict[str, str]:
-        """Return the images that containers can be made of here: what users call them, and their ids."""
-        found = {}
+    def types(self) -> list[dict[str, Any]]:
+        """Return what a container may be created with, in the administrator's order."""
+        return [kind._asdict() for kind in self._policy.types]
+
+    def images(self, uid: int) -> list[dict[str, Any]]:
+        """Return the images that a user's containers can be made of here: the administrator's, then their own."""
+        found = []
         for name, reference in self._policy.images.items():
             with contextlib.suppress(EngineError):
-                found[name] = str(self._engine.image(reference)["Id"])
-        return found
+                known = self._engine.image(reference)
+                found.append({"name": name, "owner": "", "id": known["Id"], "size": known["Size"]})
+        return found + self._user_images.listed(uid)
+
+    def amiss(self) -> dict[str, list[str]]:
+        """Return the administrator's images that are not here, and the containers here that are not the cluster's."""
+        here = [image["name"] for image in self.images(uid=0)]
+        others = [one for one in self._engine.listed() if _CLUSTER_LABEL not in (one["Labels"] or {})]
+        return {
+            "missing": [name for name in self._policy.images if name not in here],
+            "foreign": sorted(str(one["Names"][0]).removeprefix("/") for one in others),
+        }
+
+    def commit(self, uid: int, name: str, image: str) -> None:
+        """Make an image of a container, for its owner.
+
+        Raises:
+            Refused: the user has no such container, or the image's name cannot be had.
+            EngineError: the engine does not do it; then there is no image.
+        """
+        found = self._engine.inspect(self._id(uid, name))
+        if not found["State"]["Running"] and self._quiet.lasted_s() is None:
+            raise Refused("busy", f"something is measured on {os.uname().nodename}, where {name} is; try again later")
+        if full_name(image) in map(full_name, self._policy.images):
+            raise Refused("name", f"there is an image {image} already; names of images are distinct")
+        self._check_disk(int(found["Config"]["Labels"][UID_LABEL]))
+        self._user_images.commit(str(found["Id"]), int(found["Config"]["Labels"][UID_LABEL]), image)
+
+    def fetch(self, uid: int, image: str) -> None:
+        """Have a user's image on this machine; while something is measured it is left until a container needs it."""
+        if self._quiet.lasted_s() is not None:
+            self._user_images.ensure(uid, image)
+
+    def forget(self, uid: int, image: str) -> None:
+        """Remove a user's image from this machine and from the registry; Refused where a container is made of it."""
+        for container in self._engine.listed(LABEL, *([f"{UID_LABEL}={uid}"] if uid else [])):
+            labels = container["Labels"]
+            used = labels.get(IMAGE_LABEL, "") if uid else f"u{labels[UID_LABEL]}/{labels.get(IMAGE_LABEL, '')}"
+            if full_name(used) == full_name(image):
+                raise Refused("in-use", f"container {labels[NAME_LABEL]} is made of {image}")
+        if full_name(image) in map(full_name, self._policy.images):
+            raise Refused("image", f"{image} is the administrator's")
+        self._user_images.forget(uid, image)
+
+    def gpu_report(self) -> str:
+        """Return what nvidia-smi says of this machine's GPUs; Refused where it has none."""
+        cards = gpus.found()
+        if not cards:
+            raise Refused("gpus", f"{os.uname().nodename} has no GPU")
+        wanted = {
+            "Image": self._own_image,
+            "Entrypoint": ["nvidia-smi"],
+            "Cmd": [],
+            "Tty": True,
+            "Labels": {"cfiddle.cluster": "cfiddle"},
+            "HostConfig": {
+                "CapDrop": ["ALL"],
+                "DeviceRequests": container_shape.gpu_request([gpu.uuid for gpu in cards]),
+                "NetworkMode": "none",
+                "SecurityOpt": ["no-new-privileges"],
+            },
+        }
+        with self._reporting:
+            container = self._engine.create(f"cfiddle-nvidia-smi-{time.monotonic_ns()}", wanted)
+            try:
+                self._engine.start(container)
+                self._engine.wait(container)
+                return self._engine.logs(container).decode(errors="replace").replace("\r\n", "\n")
+            finally:
+                self._engine.remove(container)
 
     def inspected(self, uid: int, name: str) -> dict[str, Any]:
         """Return what the engine knows of a container; Refused if the user has none of that name."""
@@ -203,7 +220,7 @@ class Containers:
             EngineError: the engine does not do it.
         """
         with self._alone(uid, name):
-            return self._create(self._owner(uid, user), name, image, grant=None)
+            return self._create(self._wanted(uid, user, name, image), grant=None)
 
     def stop(self, uid: int, name: str) -> None:
         """Stop a container, and with it its job; one that does not run is as it should be.
@@ -211,11 +228,13 @@ class Containers:
         Raises:
             Refused: the user has none of that name.
         """
-        container = self._id(uid, name)
+        container, key = self._id(uid, name), _key(uid, name)
         with self._changed:
-            if container in self._held:
-                self._held[container].reason = "stopped"
+            if key in self._held:
+                self._held[key].reason = "stopped"
         self._engine.stop(container, grace_s=_GRACE_S)
+        with self._changed:
+            self._changed.wait_for(lambda: key not in self._held, _STOPPED_S)
 
     def delete(self, uid: int, name: str) -> None:
         """Remove a container; one that runs is Refused."""
@@ -302,23 +321,18 @@ class Containers:
     @contextlib.contextmanager
     def _started(self, uid: int, request: Mapping[str, Any], grant: Grant) -> Iterator[tuple[str, _Held]]:
         job, name = int(request["job"]), str(request["name"])
-        held = _Held(job, uid)
+        key, held = _key(uid, name), _Held(job, uid)
         with self._alone(uid, name):
-            container, running = self._made(uid, request, grant)
             with self._changed:
-                if container in self._held:
-                    raise Refused("running", f"container {name} runs already, in job {self._held[container].job}")
+                if key in self._held:
+                    raise Refused("running", f"container {name} runs already, in job {self._held[key].job}")
                 if any(other.job == job for other in self._held.values()):
                     raise Refused("job", f"job {job} has a container already")
-                if running and not request["again"]:
-                    raise Refused("running", f"container {name} is just being stopped")
-                self._held[container] = held
+                self._held[key] = held
             try:
-                if not running:
-                    self._check_disk(uid)
-                    self._engine.start(container)
+                container = self._running(uid, request, grant)
             except BaseException:
-                self._let_go(container)
+                self._let_go(key)
                 raise
         try:
             yield container, held
@@ -328,21 +342,75 @@ class Containers:
             except EngineError as error:
                 log.warning("container %.12s cannot be stopped yet: %s", container, error)
             finally:
-                self._let_go(container)
+                self._let_go(key)
 
-    def _made(self, uid: int, request: Mapping[str, Any], grant: Grant) -> tuple[str, bool]:
-        """Return the id of the container that is asked for, created if there is none, and whether it runs."""
-        name = str(request["name"])
+    def _running(self, uid: int, request: Mapping[str, Any], grant: Grant) -> str:
+        """Return the id of the container that is asked for, which runs; it is created if there is none."""
+        name, image = str(request["name"]), str(request["image"])
         try:
             found = self._engine.inspect(self._id(uid, name))
         except Refused:
-            if request["again"] or not request["image"]:
+            if request["again"] or not image:
                 raise
-            return self._create(self._owner(uid, str(request["user"])), name, str(request["image"]), grant=grant), False
-        container, running = str(found["Id"]), bool(found["State"]["Running"])
-        if not running and (wanted := limits(grant)):
-            self._engine.update(container, wanted)
-        return container, running
+            wanted = self._wanted(uid, str(request["user"]), name, image)
+            return self._run(wanted, grant, number_of_ports=int(request["ports"]))
+        container = str(found["Id"])
+        if not found["State"]["Running"]:
+            self._check_gpus(container_shape.gpus(found["Config"]), grant, but=_key(uid, name))
+            if wanted_limits := limits(grant):
+                self._engine.update(container, wanted_limits)
+            self._check_disk(uid)
+            try:
+                self._engine.start(container)
+            except EngineError as error:
+                if in_use := ports.in_the_way(str(error), container_shape.ports(found["Config"])):
+                    raise Refused("ports", f"something else listens on port {min(in_use)} of this machine") from error
+                raise
+        elif not request["again"]:
+            raise Refused("running", f"container {name} is just being stopped")
+        return container
+
+    def _run(self, wanted: Wanted, grant: Grant, *, number_of_ports: int) -> str:
+        """Create a container and start it, with ports that nothing else has; it is gone if it cannot be started."""
+        in_use: set[int] = set()
+        while True:
+            with self._giving:
+                given = self._free_ports(number_of_ports, in_use) if number_of_ports else []
+                cards = gpus.chosen(grant.gpus, gpus.found(), taken=self._gpus_in_use(but="")) if grant.gpus else []
+                container = self._create(wanted._replace(ports=given, gpus=cards), grant=grant)
+            try:
+                self._engine.start(container)
+                return container
+            except BaseException as error:
+                self._engine.remove(container)
+                found = ports.in_the_way(str(error), given) if isinstance(error, EngineError) else set()
+                if not found:
+                    raise
+                in_use |= found
+
+    def _free_ports(self, number: int, in_use: set[int]) -> list[int]:
+        given = {port for container in self._engine.listed(LABEL) for port in container_shape.ports(container)}
+        return ports.free(number, first=self._policy.first_port, taken=given | in_use)
+
+    def _gpus_in_use(self, *, but: str) -> set[str]:
+        """Return the uuids of the GPUs of containers that run or are about to, all but one."""
+        found = set()
+        for container in self._engine.listed(LABEL):
+            labels = container["Labels"]
+            key = engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL])
+            if key in self._held and key != but:
+                found |= set(container_shape.gpus(container))
+        return found
+
+    def _check_gpus(self, uuids: list[str], grant: Grant, *, but: str) -> None:
+        """Refuse to start a container with GPUs that its job does not have, or that another container has by now."""
+        if not uuids:
+            return
+        models = {gpu.uuid: gpus.kind(gpu.model) for gpu in gpus.found()}
+        if sorted(models.get(uuid, "") for uuid in uuids) != sorted(grant.gpus):
+            raise Refused("gpus", "the job has not the GPUs that the container was made with")
+        if taken := self._gpus_in_use(but=but) & set(uuids):
+            raise Refused("gpus", f"another container has the GPU {min(taken)} that this one was made with")
 
     def _watch(self, connection: socket.socket, container: str, held: _Held, grant: Grant) -> int | None:
         """Wait until the container ends by itself, or has to be ended; return its status, None where it has to be."""
@@ -366,9 +434,9 @@ class Containers:
         finally:
             ending.close()
 
-    def _let_go(self, container: str) -> None:
+    def _let_go(self, key: str) -> None:
         with self._changed:
-            del self._held[container]
+            del self._held[key]
             self._changed.notify_all()
 
     def _tell(self, job: int, outcome: Outcome) -> None:
@@ -381,30 +449,29 @@ class Containers:
 
     # --- what both need -----------------------------------------------------------------------------------------------
 
-    def _create(self, owner: Owner, name: str, image: str, *, grant: Grant | None) -> str:
-        reference = self._policy.images.get(image)
-        if reference is None:
-            known = ", ".join(self._policy.images)
-            raise Refused("image", f"there is no image {wire.shown(image)}; there are: {known}")
+    def _wanted(self, uid: int, user: str, name: str, image: str) -> Wanted:
+        owner = self._owner(uid, user)
+        return Wanted(owner, name, image, self._policy.images.get(image) or self._user_images.ensure(uid, image))
+
+    def _create(self, wanted: Wanted, *, grant: Grant | None) -> str:
+        owner, name = wanted.owner, wanted.name
         if self._others(owner.uid, name) >= self._policy.per_user:
             raise Refused("share", f"{self._policy.per_user} containers of yours are here, the most there may be")
         self._check_disk(owner.uid)
-        wanted = configuration(
-            owner,
-            name,
-            image=reference,
+        asked = configuration(
+            wanted,
             policy=self._policy,
             grant=grant,
             home=self._home_options(owner.user),
             network=self._network,
         )
         try:
-            return self._engine.create(engine_name(owner.uid, name), wanted)
+            return self._engine.create(engine_name(owner.uid, name), asked)
         except EngineError as error:
             if error.status == 409:
                 raise Refused("name", f"there is a container {name} already") from error
             if error.status == 404:
-                raise Refused("image", f"the image {image} is not on this machine") from error
+                raise Refused("image", f"the image {wanted.image} is not on this machine") from error
             raise
 
     def _others(self, uid: int, name: str) -> int:
@@ -420,7 +487,7 @@ class Containers:
     def _id(self, uid: int, name: str) -> str:
         """Return the id of a user's container; root's may be called as the engine does, `uUID.NAME`."""
         try:
-            found = self._engine.inspect(name if uid == 0 else engine_name(uid, name))
+            found = self._engine.inspect(_key(uid, name))
         except EngineError as error:
             if error.status != 404:
                 raise
@@ -442,7 +509,7 @@ class Containers:
     @contextlib.contextmanager
     def _alone(self, uid: int, name: str) -> Iterator[None]:
         """Let nobody else create, start or remove this container meanwhile."""
-        key = engine_name(uid, name)
+        key = _key(uid, name)
         with self._changed:
             if not self._changed.wait_for(lambda: key not in self._busy, timeout=30):
                 raise Refused("busy", f"container {name} is being created, started or removed")
@@ -460,17 +527,9 @@ class Containers:
             with contextlib.suppress(EngineError):  # it may be gone since
                 self._created[identifier] = str(self._engine.inspect(identifier)["Created"])
         with self._changed:
-            held = self._held.get(identifier)
-        return {
-            "id": identifier,
-            "name": labels[NAME_LABEL],
-            "uid": int(labels[UID_LABEL]),
-            "image": container["Image"],
-            "image_id": container["ImageID"],
-            "status": container["State"],
-            "created": self._created.get(identifier, ""),
-            "job": held.job if held else None,
-        }
+            held = self._held.get(engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL]))
+        created = self._created.get(identifier, "")
+        return container_shape.told(container, created=created, job=held.job if held else None)
 
     # --- what is seen to all the time ---------------------------------------------------------------------------------
 
@@ -493,8 +552,8 @@ class Containers:
             return
         labels = container["Labels"]
         with self._changed:
-            busy = engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL]) in self._busy
-            if busy or container["Id"] in self._held:
+            key = engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL])
+            if key in self._busy or key in self._held:
                 return
         log.warning("container %.12s runs in no job: it is stopped", container["Id"])
         self._engine.stop(container["Id"], grace_s=_GRACE_S)
@@ -531,3 +590,8 @@ class Containers:
                 f"your containers here have written {written:.0f} MB, more than the {self._policy.disk_mb} MB "
                 "that they may; delete one",
             )
+
+
+def _key(uid: int, name: str) -> str:
+    """Return what the engine calls a container that a user calls so; root calls it as the engine does."""
+    return name if uid == 0 else engine_name(uid, name)

@@ -135,17 +135,34 @@ class Door:
         if kind == "list":
             return {"type": "containers", "containers": containers.listed(uid)}, None
         if kind == "images":
-            return {"type": "images", "images": containers.images()}, None
+            return {"type": "images", "images": containers.images(uid)}, None
+        if kind == "amiss":
+            if uid != 0:
+                raise Refused("rights", "that is the administrator's to ask")
+            return {"type": "amiss", **containers.amiss()}, None
+        if kind == "types":
+            return {"type": "types", "types": containers.types()}, None
+        if kind == "gpus":
+            return {"type": "gpus", "report": containers.gpu_report()}, None
         if kind == "outcome":
             wait_s = min(float(field(request, "wait_s", float)), _MOST_WAIT_S)
             found = containers.outcome(uid, field(request, "job", int), timeout_s=wait_s)
             return {"type": "outcome", "id": found}, None
+        if kind == "fetch":
+            containers.fetch(uid, field(request, "image", str))
+            return {"type": "fetched"}, None
+        if kind == "forget":
+            containers.forget(uid, field(request, "image", str))
+            return {"type": "forgotten"}, None
         name = name_of(request, administrator=uid == 0)
         if kind == "inspect":
             return {"type": "container", "container": containers.inspected(uid, name)}, None
         if kind == "create":
             user, image = field(request, "user", str), field(request, "image", str)
             return {"type": "created", "id": containers.create(uid, user=user, name=name, image=image)}, None
+        if kind == "commit":
+            containers.commit(uid, name, field(request, "image", str))
+            return {"type": "committed"}, None
         if kind == "stop":
             containers.stop(uid, name)
             return {"type": "stopped"}, None
@@ -158,7 +175,9 @@ class Door:
                 raise Refused("field", "argv is not a list of words")
             mark = str(request["nonce"])
             return {"type": "runs"}, containers.execute(uid, name, argv, terminal=terminal, mark=mark)
-        raise Refused("field", "type is none of create, delete, exec, images, inspect, list, outcome, stop")
+        raise Refused(
+            "field", "type is none of create, delete, exec, gpus, images, inspect, list, outcome, stop, types"
+        )
 
     def _relay(self, connection: socket.socket, command: Command) -> bool:
         """Pass bytes to and fro until the command ends; return False if the caller went away before."""

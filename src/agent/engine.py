@@ -69,6 +69,10 @@ class Engine:
         """Wait for a container's end and return its first process's status."""
         return int(self._request("POST", f"/containers/{container}/wait")["StatusCode"])
 
+    def logs(self, container: str) -> bytes:
+        """Return what a container with a terminal has written."""
+        return self._answer("GET", f"/containers/{container}/logs?stdout=1&stderr=1", headers={}, timeout_s=_TIMEOUT_S)
+
     def ending(self, container: str) -> Ending:
         """Return something that tells of the end of a container that runs."""
         connection = _Connection(self._path, timeout_s=None)

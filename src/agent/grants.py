@@ -1,16 +1,18 @@
 """Who holds which job on this machine: files that Slurm's prolog writes as root and its epilog takes away.
 
 A grant is a file named by the job's number. It holds the user's id, the CPUs of the job in the form "0-3,8" or "*" for
-all, how many those are, and how much memory the job has in megabytes. The directory is root's; all the same nothing in
-it is followed.
+all, how many those are, how much memory the job has in megabytes, and how many GPUs of each kind, in the form
+"titan_xp:2,h200:1", if it has any. The directory is root's; all the same nothing in it is followed.
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import NamedTuple
 
 MAX_SIZE = 4096
+_GPUS = r"(([a-z0-9_]+:[0-9]{1,2})(,[a-z0-9_]+:[0-9]{1,2})*)?"
 _CPULIST = frozenset("0123456789,-")
 
 
@@ -20,6 +22,7 @@ class Grant(NamedTuple):
     Attributes:
         cpus: the CPUs of the job, as in "0-3,8"; "" for all.
         cpu_count, memory_mb: how many CPUs and megabytes it has; 0 where that is not known.
+        gpus: the kinds of its GPUs, each as often as it has one of them.
         stamp: tells this grant from a later one for the same job.
     """
 
@@ -28,6 +31,7 @@ class Grant(NamedTuple):
     stamp: tuple[int, int, int]
     cpu_count: int = 0
     memory_mb: int = 0
+    gpus: tuple[str, ...] = ()
 
 
 class Grants:
@@ -71,10 +75,14 @@ class Grants:
 
 def _parse(content: bytes, stamp: tuple[int, int, int]) -> Grant | None:
     fields = content.decode("ascii", "replace").split()
-    if len(fields) not in (1, 2, 4):
+    if len(fields) not in (1, 2, 4, 5):
         return None
-    uid, cpus, count, memory_mb = fields + ["", "*", "0", "0"][len(fields) :]
+    uid, cpus, count, memory_mb, gpus = fields + ["", "*", "0", "0", ""][len(fields) :]
     cpus = "" if cpus == "*" else cpus
     if not set(cpus) <= _CPULIST or not all(text.isascii() and text.isdigit() for text in (uid, count, memory_mb)):
         return None
-    return Grant(int(uid), cpus, stamp, int(count), int(memory_mb))
+    if not re.fullmatch(_GPUS, gpus):
+        return None
+    kinds = [entry.split(":") for entry in gpus.split(",") if entry]
+    cards = tuple(kind for kind, number in kinds for _ in range(int(number)))
+    return Grant(int(uid), cpus, stamp, int(count), int(memory_mb), cards)

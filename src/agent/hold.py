@@ -17,18 +17,22 @@ _RETRY_S = 0.5
 
 
 def main() -> None:
-    """Ask for the container that the arguments name: user, name, and image ("" if it must be there already)."""
-    user, name, image = sys.argv[1:4]
+    """Ask for the container that the arguments name.
+
+    They are: user, name, image ("" if it must be there already), and how many ports it gets.
+    """
+    user, name, image, ports = sys.argv[1:5]
     job = int(os.environ[b"SLURM_JOB_ID"])
-    sys.exit(hold(job=job, user=user, name=name, image=image))
+    sys.exit(hold(job=job, user=user, name=name, image=image, ports=int(ports)))
 
 
-def hold(*, job: int, user: str, name: str, image: str, socket_path: str = wire.SOCKET) -> int:
+def hold(*, job: int, user: str, name: str, image: str, ports: int = 0, socket_path: str = wire.SOCKET) -> int:
     """Hold a container until it ends; return its exit status, 0 where its owner stopped it.
 
     An agent that is restarted is waited for: the container goes on meanwhile.
     """
-    request = {"v": wire.VERSION, "type": "container", "job": job, "user": user, "name": name, "image": image}
+    request = {"v": wire.VERSION, "type": "container", "job": job}
+    request |= {"user": user, "name": name, "image": image, "ports": ports}
     again = False
     patient_until = time.monotonic() + _PATIENCE_S
     while True:

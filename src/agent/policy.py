@@ -6,7 +6,6 @@ not start.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from agent import container_policy
-from agent.checked import Loader, PolicyError, mapping, whole
+from agent.checked import CLOSED_SOURCES, Loader, PolicyError, mapping, overlap, path_outside, whole
 from agent.container_policy import ContainerPolicy
 
 __all__ = ["OWN_IMAGES", "SANDBOX", "Limits", "Mount", "Policy", "PolicyError", "Profile", "load", "parse"]
@@ -108,9 +107,6 @@ _RANGES = {
 MIN_MEMORY_MB = _RANGES["memory_mb"][0]
 _MAX_POOL = 256
 
-# What no sandbox may see, nor anything that it lies in: the kernel's files, sockets (the engine's among them), and what
-# the engine and the agent keep.
-_CLOSED_SOURCES = ("/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker", "/var/lib/containerd")
 # Where a sandbox has something of its own already.
 _TAKEN_TARGETS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 
@@ -193,30 +189,12 @@ def _mounts(value: object, where: str) -> tuple[Mount, ...]:
     mounts: list[Mount] = []
     for number, item in enumerate(value):
         entry = mapping(item, f"{where}[{number}]", required={"source", "target"})
-        source = _path(entry["source"], f"{where}[{number}].source", _CLOSED_SOURCES)
-        target = _path(entry["target"], f"{where}[{number}].target", _TAKEN_TARGETS)
-        if any(_overlap(target, mount.target) for mount in mounts):
+        source = path_outside(entry["source"], f"{where}[{number}].source", CLOSED_SOURCES)
+        target = path_outside(entry["target"], f"{where}[{number}].target", _TAKEN_TARGETS)
+        if any(overlap(target, mount.target) for mount in mounts):
             raise PolicyError(f"{where}[{number}].target {target!r} is another mount's, or in it")
         mounts.append(Mount(source, target))
     return tuple(mounts)
-
-
-def _path(value: object, where: str, closed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or not value.isprintable() or not value.startswith("/"):
-        raise PolicyError(f"{where} is {value!r}, not an absolute path")
-    # Two slashes at the start are left alone by normpath.
-    if value != os.path.normpath(value) or value.startswith("//"):
-        raise PolicyError(f"{where} is {value!r}; written plainly it is {os.path.normpath(value).replace('//', '/')!r}")
-    for path in closed:
-        if _overlap(value, path):
-            raise PolicyError(f"{where} is {value!r}: what is in {path} cannot be mounted, nor over it")
-    return value
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Return whether one of two paths lies in the other, or they are the same."""
-    first, second = (path.rstrip("/") + "/" for path in (one, other))
-    return first.startswith(second) or second.startswith(first)
 
 
 def _limits(value: object, where: str) -> Limits:

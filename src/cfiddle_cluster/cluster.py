@@ -15,6 +15,7 @@ from cfiddle_cluster import (
     backup,
     calibration,
     config,
+    container_images,
     distribution,
     engine,
     homes,
@@ -342,6 +343,28 @@ class Cluster:
                 print("nothing to put back")
             if changed and slurm.is_answering():
                 print(calibration.table(calibration.calibrate(self.state, workers, self.config.calibration_limit)))
+
+    # --- containers of users -----------------------------------------------------------------------------------------
+
+    def set_up_containers(self) -> int:
+        """Bring the images of users' containers to all machines, and have `ddocker setup` say what is amiss there.
+
+        Returns:
+            Its exit status.
+        """
+        packages.ensure_root()
+        with self.state.lock("setup-containers"):
+            self._must_run()
+            answering = machines.answering(self._worker_list())
+            container_images.share(self.config, self.state, [self._head, *answering])
+            return userhost.ddocker(["setup"])
+
+    def free_images(self) -> None:
+        """Free the space of the users' images that were removed."""
+        packages.ensure_root()
+        with self.state.lock("free-images"):
+            self._must_run()
+            print(container_images.free_space())
 
     # --- users -------------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ KNOBS = (
     "TUNE",
     "DOCKERHUB_USERNAME",
     "REGISTRY_PORT",
+    "USER_REGISTRY_PORT",
     "DEBIAN_RELEASE",
 )
 
@@ -101,6 +102,7 @@ class Config:
     tune: frozenset[str]
     dockerhub_username: str
     registry_port: int
+    user_registry_port: int
     debian_release: str
     state_dir: Path = STATE_DIR
 
@@ -181,11 +183,13 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         tune=frozenset(tune),
         dockerhub_username=text("DOCKERHUB_USERNAME", _REGISTRY_ACCOUNT, "account's name"),
         registry_port=number("REGISTRY_PORT", 1, 65535),
+        user_registry_port=number("USER_REGISTRY_PORT", 1, 65535),
         debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",
     )
     ports = {
         "JUPYTER_PORT": config.jupyter_port,
         "REGISTRY_PORT": config.registry_port,
+        "USER_REGISTRY_PORT": config.user_registry_port,
         "SSH_PORT": config.ssh_port,
     }
     faults += [

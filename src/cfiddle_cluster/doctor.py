@@ -102,7 +102,10 @@ def examine(config: Config, state: State) -> list[Finding]:
             facts.gather,
             [head, *workers],
             home_root=config.home_root,
-            ports=[*SWARM_PORTS, config.registry_port, config.jupyter_port, *filter(None, [config.ssh_port])],
+            ports=[
+                *SWARM_PORTS,
+                *filter(None, [config.registry_port, config.user_registry_port, config.jupyter_port, config.ssh_port]),
+            ],
             targets=_targets(config, is_running=is_running),
         )
         account = pool.submit(_registry, config, state, is_running=is_running)
@@ -420,7 +423,7 @@ def _published(config: Config, known: Sequence[Facts]) -> Iterator[Finding]:
     if head is None:
         return
     ours = _ports_of_the_cluster()
-    wanted = {config.jupyter_port: "JUPYTER_PORT"}
+    wanted = {config.jupyter_port: "JUPYTER_PORT", config.user_registry_port: "USER_REGISTRY_PORT"}
     if not config.dockerhub_username:
         wanted[config.registry_port] = "REGISTRY_PORT"
     if config.ssh_port:

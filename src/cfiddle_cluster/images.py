@@ -69,7 +69,7 @@ IMAGES = {
         Image("common", parent="base"),
         Image("mpi"),
         Image("machine"),
-        Image("registry"),
+        Image("registry", roles=_HEAD),
         Image("mysql", roles=_HEAD),
         Image(
             "cluster",

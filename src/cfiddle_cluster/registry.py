@@ -150,32 +150,44 @@ def ensure_registry(config: Config, state: State, machines: Iterable[Machine], i
     Arguments:
         image: the reference of the image cfiddle-registry, as it was built.
     """
+    ensure_trust(config, state, machines)
     if not config.dockerhub_username:
-        ensure_trust(config, state, machines)
         _ensure_service(config, state, image)
     of(config, state).ensure_login()
 
 
 def ensure_trust(config: Config, state: State, machines: Iterable[Machine]) -> None:
-    """Let the engine of every machine know the authority that signed the registry's certificate."""
+    """Let the engine of every machine know the authority that signed the registries' certificate."""
     script = """
         set -eu
-        directory=/etc/docker/certs.d/$1
-        mkdir -p "$directory"
-        cat >"$directory/ca.crt.new" <<'END'
+        certificate=$(cat <<'END'
 {certificate}
 END
-        if cmp -s "$directory/ca.crt.new" "$directory/ca.crt"; then rm "$directory/ca.crt.new"
-        else mv "$directory/ca.crt.new" "$directory/ca.crt"; fi
+        )
+        for address in "$@"; do
+            directory=/etc/docker/certs.d/$address
+            mkdir -p "$directory"
+            printf '%s\\n' "$certificate" >"$directory/ca.crt.new"
+            if cmp -s "$directory/ca.crt.new" "$directory/ca.crt"; then rm "$directory/ca.crt.new"
+            else mv "$directory/ca.crt.new" "$directory/ca.crt"; fi
+        done
     """.replace("{certificate}", state.path("ca.crt").read_text().strip())
-    address = f"{config.head_addr}:{config.registry_port}"
-    on_each(machines, lambda machine: machine.script(script, [address], timeout_s=60))
+    on_each(machines, lambda machine: machine.script(script, _addresses(config), timeout_s=60))
 
 
 def remove_trust(config: Config, machines: Iterable[Machine]) -> None:
-    """Let no engine trust the registry any longer."""
-    address = f"{config.head_addr}:{config.registry_port}"
-    on_each(machines, lambda machine: machine.run(["rm", "-rf", f"/etc/docker/certs.d/{address}"], timeout_s=60))
+    """Let no engine trust the registries any longer."""
+    directories = [f"/etc/docker/certs.d/{address}" for address in _addresses(config)]
+    on_each(machines, lambda machine: machine.run(["rm", "-rf", *directories], timeout_s=60))
+
+
+def users_address(config: Config) -> str:
+    """Return the address of the registry of what users commit, a service of the stack."""
+    return f"{config.head_addr}:{config.user_registry_port}"
+
+
+def _addresses(config: Config) -> list[str]:
+    return [f"{config.head_addr}:{config.registry_port}", users_address(config)]
 
 
 def remove_registry(*, purge: bool) -> None:

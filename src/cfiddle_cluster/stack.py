@@ -16,6 +16,7 @@ import yaml
 from docker.errors import APIError
 
 from agent import policy
+from agent.container_policy import Buffer
 from cfiddle_cluster import engine, homes, registry, slurm
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
@@ -32,9 +33,11 @@ from cfiddle_cluster.services import (
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
-SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority")
+SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority", "user-registry-password", "registry-key")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
-IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "user")
+CERTIFICATES = ("ca.crt", "registry.crt")
+"""Configurations, too, but of the state."""
+IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "registry", "user")
 
 WORKER_SERVICES = ("slurmd", "agent")
 """The services that a job runs in: never replaced while one does."""
@@ -62,12 +65,12 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
             become healthy.
     """
-    _check_policy(config.root, references)
+    rules = _policy(config.root, references)
     _check_port("JUPYTER_PORT", config.jupyter_port, "JupyterLab")
     if config.ssh_port:
         _check_port("SSH_PORT", config.ssh_port, "SSH to the users' node")
-    names = _ensure_secrets(state) | _ensure_configs(config.root)
-    values = _values(config, references, names)
+    names = _ensure_secrets(state) | _ensure_configs(config.root, state)
+    values = _values(config, references, names, rules.containers.buffer if rules.containers else Buffer())
     _drain_if_changing(values)
     # The registry's account goes with the services, so that a worker which lost an image pulls it again.
     argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
@@ -135,17 +138,19 @@ def _ensure_secrets(state: State) -> dict[str, str]:
     there = {item["Spec"]["Name"] for item in api.secrets()}
     names = {}
     for secret in SECRETS:
-        value = state.secret(secret).encode()
+        value = state.path("registry.key").read_bytes() if secret == "registry-key" else state.secret(secret).encode()
         names[_variable("SECRET", secret)] = name = _named(secret, value)
         if name not in there:
             api.create_secret(name, value, labels=_LABELS)
     return names
 
 
-def _check_policy(root: Path, references: Mapping[str, str]) -> None:
-    """Find out here what every agent would find out after it was replaced."""
+def _policy(root: Path, references: Mapping[str, str]) -> policy.Policy:
+    """Return the policy; what is wrong with it is found out here, and not by every agent after it was replaced."""
     try:
-        policy.load(root / "policy.yaml", images={name: references[image] for name, image in policy.OWN_IMAGES.items()})
+        return policy.load(
+            root / "policy.yaml", images={name: references[image] for name, image in policy.OWN_IMAGES.items()}
+        )
     except policy.PolicyError as error:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 
@@ -167,12 +172,13 @@ def _check_port(setting: str, port: int, what: str) -> None:
             ) from error
 
 
-def _ensure_configs(root: Path) -> dict[str, str]:
+def _ensure_configs(root: Path, state: State) -> dict[str, str]:
     api = engine.client().api
     there = {item["Spec"]["Name"] for item in api.configs()}
     names = {}
-    for config, path in CONFIGS.items():
-        data = (root / path).read_bytes()
+    paths = {name: root / path for name, path in CONFIGS.items()} | {name: state.path(name) for name in CERTIFICATES}
+    for config, path in paths.items():
+        data = path.read_bytes()
         names[_variable("CONFIG", config)] = name = _named(config, data)
         if name not in there:
             api.create_config(name, data, labels=_LABELS)
@@ -206,7 +212,7 @@ def _variable(kind: str, name: str) -> str:
     return f"{kind}_{name.upper().replace('-', '_').replace('.', '_')}"
 
 
-def _values(config: Config, references: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+def _values(config: Config, references: Mapping[str, str], names: Mapping[str, str], buffer: Buffer) -> dict[str, str]:
     """Return everything that docker-compose.yml names in ${…}."""
     home = homes.volume_options(config)
     digest = hashlib.sha256(json.dumps(home, sort_keys=True).encode()).hexdigest()[:8]
@@ -218,9 +224,13 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "HOME_OPTIONS": home["o"],
         "HOME_DEVICE": home["device"],
         "JUPYTER_PORT": str(config.jupyter_port),
+        "USER_REGISTRY": registry.users_address(config),
+        "USER_REGISTRY_PORT": str(config.user_registry_port),
         "SSH_PORT": _number(config.ssh_port),
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
+        "SLURMD_BUFFER_CPUS": str(buffer.cpus),
+        "SLURMD_BUFFER_MEMORY_MB": str(buffer.memory_mb),
     }
     compose = yaml.safe_load((config.root / "docker-compose.yml").read_text())
     return values | definitions(compose, values)

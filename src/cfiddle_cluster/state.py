@@ -22,7 +22,14 @@ MUNGE_KEY_CHARACTERS = 128
 TOKEN_BYTES = 32
 CERTIFICATE_DAYS = 3650
 
-SECRETS = ("munge-key", "database-password", "jupyter-token", "registry-password", "ssh-authority")
+SECRETS = (
+    "munge-key",
+    "database-password",
+    "jupyter-token",
+    "registry-password",
+    "user-registry-password",
+    "ssh-authority",
+)
 
 
 class State:

@@ -1,6 +1,6 @@
 """What agents have made for users' containers on a machine, where the agent is gone or its user is."""
 
-from agent import containers, user_network
+from agent import container_shape, user_network
 from cfiddle_cluster.machines import Machine
 
 _TIMEOUT_S = 300
@@ -27,15 +27,15 @@ _REMOVE_NETWORK = """
 
 def stop(machine: Machine) -> None:
     """Stop all users' containers on a machine: they are in no job any more."""
-    machine.script(_STOP, [containers.LABEL], timeout_s=_TIMEOUT_S)
+    machine.script(_STOP, [container_shape.LABEL], timeout_s=_TIMEOUT_S)
 
 
 def remove_of(machine: Machine, *, uid: int, user: str) -> None:
     """Remove one user's containers from a machine, with all that is on their disks; the home stays."""
-    machine.script(_REMOVE, [f"{containers.UID_LABEL}={uid}", user], timeout_s=_TIMEOUT_S)
+    machine.script(_REMOVE, [f"{container_shape.UID_LABEL}={uid}", user], timeout_s=_TIMEOUT_S)
 
 
 def remove_all(machine: Machine) -> None:
     """Remove everybody's containers from a machine, and the network and the firewall's rules that they had."""
-    machine.script(_REMOVE, [containers.LABEL, ".*"], timeout_s=_TIMEOUT_S)
+    machine.script(_REMOVE, [container_shape.LABEL, ".*"], timeout_s=_TIMEOUT_S)
     machine.script(_REMOVE_NETWORK, [user_network.NAME], timeout_s=60)

@@ -23,13 +23,17 @@ def shell(config: Config, *, user: str = "jovyan", command: str | None = None) -
     Raises:
         ClusterError: the users' node does not run.
     """
-    container = services.container("userhost")
-    if container is None:
-        raise ClusterError("the users' node does not run", "./invoke up starts it; ./invoke status shows what runs")
-    terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
-    argv = [docker_cli(), "exec", "--interactive", *terminal, str(container.id), "as-user", user, "bash", "--login"]
-    sys.stdout.flush()
-    return subprocess.run(argv if command is None else [*argv, "-c", command], check=False).returncode
+    argv = ["as-user", user, "bash", "--login"]
+    return _attached(argv if command is None else [*argv, "-c", command])
+
+
+def ddocker(words: Iterable[str]) -> int:
+    """Run `ddocker` as the administrator, who sees the containers of all users; return its exit status.
+
+    Raises:
+        ClusterError: the users' node does not run.
+    """
+    return _attached(["ddocker", *words])
 
 
 def url(config: Config, state: State) -> str:
@@ -56,6 +60,16 @@ def end_sessions(user: "User") -> None:
     if container:
         # kill(2): -1 is every process that this uid may signal, but for the one that asks.
         _exec(container, ["sh", "-c", "kill -KILL -1 2>/dev/null || true"], user=f"{user.uid}:{user.gid}")
+
+
+def _attached(argv: list[str]) -> int:
+    container = services.container("userhost")
+    if container is None:
+        raise ClusterError("the users' node does not run", "./invoke up starts it; ./invoke status shows what runs")
+    terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
+    sys.stdout.flush()
+    wrapped = [docker_cli(), "exec", "--interactive", *terminal, str(container.id), *argv]
+    return subprocess.run(wrapped, check=False).returncode
 
 
 def _exec(container: Container, argv: list[str], *, user: str) -> None:

@@ -20,7 +20,11 @@ SERVICE = "agent"
 
 _CONNECT_S = 2.0
 _ANSWER_S = 90.0
+_TRANSFER_S = 1800.0
+_TRANSFERS = ("commit", "fetch")
 _AT_ONCE = 64
+_STDOUT = 1
+_HEADING = 8  # of a piece of output: stream (1), nothing (3), length (4), as the engine's API has it
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,6 +65,24 @@ class Stream:
                 raise ContainerError(f"{self._machine} went away while the command ran: {error}") from error
             yield kind, content
 
+    def relay(self, output: Callable[[int, bytes], None], *, terminal: bool = False) -> int | None:
+        """Pass on a command's output until it ends; return its exit status, None if its container ended meanwhile.
+
+        Args:
+            output: gets 1 or 2, for standard output or error, and bytes.
+            terminal: whether it has one: then all is standard output.
+        """
+        unfinished = b""
+        for kind, content in self.pieces():
+            if kind == letters.EXIT:
+                status = letters.parse(content).get("status")
+                return None if status is None else int(status)
+            if terminal:
+                output(_STDOUT, content)
+            else:
+                unfinished = _pass_on(unfinished + content, output)
+        raise AssertionError("a stream ends with an exit")
+
     def close(self) -> None:
         """Be gone; the agent ends the command then, if it still runs."""
         self._connection.close()
@@ -85,7 +107,7 @@ class _Agent:
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         reply = letters.nonce()
         known = {"v": letters.VERSION, "node": self.node, "nonce": self._nonce, "reply": reply}
-        self._connection.settimeout(_ANSWER_S)
+        self._connection.settimeout(_TRANSFER_S if request["type"] in _TRANSFERS else _ANSWER_S)
         letters.send(self._connection, letters.seal({**request, **known}))
         answer, uid = letters.unseal(letters.receive(self._connection))
         # Only root on the node that was asked can have made this answer to this question.
@@ -247,3 +269,14 @@ def _connected(address: str) -> _Agent | None:
         return _Agent(address)
     except (OSError, EOFError, LetterError):
         return None
+
+
+def _pass_on(content: bytes, output: Callable[[int, bytes], None]) -> bytes:
+    """Pass on the whole pieces of the engine's; return what is left of one that has not come yet."""
+    while len(content) >= _HEADING:
+        end = _HEADING + int.from_bytes(content[4:_HEADING])
+        if len(content) < end:
+            break
+        output(content[0], content[_HEADING:end])
+        content = content[end:]
+    return content

@@ -15,3 +15,7 @@ class ContainerError(Exception):
 
 class Refusal(ContainerError):
     """A refusal in words that people know by heart: it stands on stderr as it is; the exit status is 1."""
+
+
+class NoRoomError(ContainerError):
+    """No machine has room for a container."""

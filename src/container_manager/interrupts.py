@@ -24,11 +24,13 @@ class _Handler:
     def __init__(self) -> None:
         self.blocks = 0
         self.waiting: int | None = None
+        self.has_raised = False
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if self.blocks:
             self.waiting = number
-        else:
+        elif not self.has_raised:  # what the first one began is not to be left half done for a second
+            self.has_raised = True
             raise Interrupted(number)
 
 
@@ -36,7 +38,8 @@ _handler = _Handler()
 
 
 def raise_them() -> None:
-    """Have each of the signals raise Interrupted in the main thread, unless whoever started us ignores it."""
+    """Have the first of the signals raise Interrupted in the main thread, unless whoever started us ignores it."""
+    _handler.has_raised = False
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handler)
@@ -58,4 +61,4 @@ def put_off() -> Iterator[None]:
         _handler.blocks -= 1
         if _handler.waiting is not None and not _handler.blocks:
             number, _handler.waiting = _handler.waiting, None
-            raise Interrupted(number)
+            _handler(number, None)

@@ -83,8 +83,7 @@ class Manager:
         self.place.delete(containers)
 
     def _find(self, name: str, refusal: str) -> Container:
-        if not names.is_legal(name):
-            raise ContainerError(f"{name!r} is no name of a container: letters, digits, _ . and -, at most 63")
+        names.check(name)
         found = next((container for container in self.place.containers() if container.name == name), None)
         if found is None:
             raise Refusal(refusal.format(name))

@@ -21,6 +21,12 @@ def is_legal(name: str) -> bool:
     return _LEGAL.fullmatch(name) is not None
 
 
+def check(name: str) -> None:
+    """Raise a ContainerError if no container may be called so."""
+    if not is_legal(name):
+        raise ContainerError(f"{name!r} is no name of a container: letters, digits, _ . and -, at most 63")
+
+
 def is_managed(name: str) -> bool:
     """Tell whether the manager touches a container of this name at all."""
     return name.startswith(PREFIX)

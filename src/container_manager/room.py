@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-from container_manager.errors import ContainerError
+from container_manager.errors import ContainerError, NoRoomError
+
+if TYPE_CHECKING:
+    from container_manager.launch import Launch
 
 PARTITION = "shared"
 _SCRIPT = "/usr/local/lib/cfiddle/container-job"
 _TIMEOUT_S = 30
 _LOOK_S = 0.1
+_TOO_LARGE = "Requested node configuration is not available"
+_CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powered_down", "powering_down", "reserved"}
 
 
 class Job(NamedTuple):
@@ -28,39 +35,46 @@ class Job(NamedTuple):
         """Whether it may still get room."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return not self.waits and self.state not in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+
 
 class Machine(NamedTuple):
-    """What a machine has free for jobs."""
+    """How a machine is, in Slurm's words as in `mixed+drain`, and what it has free; GPUs by Slurm's word."""
 
     name: str
     state: str
     free_cpus: int
     free_memory_mb: int
+    free_gpus: Mapping[str, int]
 
     @property
     def takes_jobs(self) -> bool:
         """Whether Slurm would send a job there."""
-        return self.state.rstrip("*+~#%$@^!-") in ("idle", "mixed", "allocated") and not self.state.endswith("*")
+        state, *flags = self.state.split("+")
+        return state in ("idle", "mixed", "allocated") and not _CLOSED & set(flags)
 
 
-def submit(
-    *, user: str, name: str, image: str, machine: str, cpus: int, memory_mb: int, options: Iterable[str] = ()
-) -> int:
+def submit(launch: Launch) -> int:
     """Submit the job in which a container shall run; return its number.
-
-    Args:
-        image: what it is made of where it is not there yet; "" if it must be there.
-        machine: where it shall run; "" for anywhere.
-        options: further ones of sbatch.
 
     Raises:
         ContainerError: Slurm does not take it.
     """
-    argv = ["sbatch", "--parsable", "--partition", PARTITION, "--job-name", name, "--oversubscribe"]
-    argv += ["--cpus-per-task", str(cpus), "--mem", f"{memory_mb}M", "--no-requeue"]
+    argv = ["sbatch", "--parsable", "--partition", PARTITION, "--job-name", launch.name]
+    argv += ["--cpus-per-task", str(launch.cpus), "--mem", f"{launch.memory_mb}M", "--no-requeue"]
     argv += ["--export", "NIL", "--chdir", "/", "--output", "/dev/null"]
-    argv += [*(["--nodelist", machine] if machine else []), *options]
-    answer = _run([*argv, _SCRIPT, user, name, image])
+    if launch.shares_cpus:
+        argv += ["--oversubscribe"]
+    if launch.machine:
+        argv += ["--nodelist", launch.machine]
+    if launch.gpus:
+        argv += ["--gres", ",".join(f"gpu:{kind}:{number}" for kind, number in Counter(launch.gpus).items())]
+    if os.getuid() == 0:  # who may submit for others
+        argv += ["--uid", launch.user]
+    answer = _run([*argv, _SCRIPT, launch.user, launch.name, launch.image, str(launch.ports)])
     return int(answer.split(";")[0])
 
 
@@ -95,14 +109,23 @@ def let_go_anywhere(number: int) -> None:
 
 
 def machines() -> list[Machine]:
-    """Return what each machine has free, by name."""
-    form = "NodeHost:|,StateLong:|,CPUsState:|,Memory:|,AllocMem:|"
+    """Return what each machine has free for jobs, by name."""
     found = []
-    for line in _run(["sinfo", "--noheader", "--Node", "--partition", PARTITION, "--Format", form]).splitlines():
-        name, state, cpus, memory_mb, allocated_mb = (field.strip() for field in line.split("|")[:5])
-        idle = int(cpus.split("/")[1])
-        found.append(Machine(name, state, idle, int(memory_mb) - int(allocated_mb)))
-    return found
+    for line in _run(["scontrol", "--details", "--oneliner", "show", "nodes"]).splitlines():
+        told = dict(re.findall(r"(\w+)=(\S*)", line))
+        if PARTITION not in told.get("Partitions", "").split(","):
+            continue
+        free_gpus = _gpus(told["Gres"])
+        free_gpus.subtract(_gpus(told.get("GresUsed", "")))
+        free_mb = int(told["RealMemory"]) - int(told.get("MemSpecLimit", 0)) - int(told["AllocMem"])
+        free_cpus = int(told["CPUEfctv"]) - int(told["CPUAlloc"])
+        found.append(Machine(told["NodeName"], told["State"].lower(), free_cpus, free_mb, free_gpus))
+    return sorted(found)
+
+
+def _gpus(gres: str) -> Counter[str]:
+    """Return how many GPUs of each kind stand in what sinfo says, such as `gpu:titan_xp:2(S:0)`."""
+    return Counter({kind: int(number) for kind, number in re.findall(r"gpu:([a-z0-9_]+):(\d+)", gres)})
 
 
 def _run(argv: list[str], *, known: bool = False) -> str:
@@ -124,5 +147,7 @@ def _run(argv: list[str], *, known: bool = False) -> str:
         raise ContainerError(f"{argv[0]} did not answer within {_TIMEOUT_S} s", "scontrol ping") from error
     if done.returncode and not (known and re.search("Invalid job id|already completing|already finished", done.stderr)):
         said = done.stderr.strip().removeprefix(f"{argv[0]}: ").removeprefix("error: ")
+        if _TOO_LARGE in said:
+            raise NoRoomError("no machine that is up has so many CPUs, so much memory or such GPUs")
         raise ContainerError(f"{argv[0]}: {said or f'exit status {done.returncode}'}")
     return done.stdout

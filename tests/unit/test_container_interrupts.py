@@ -55,3 +55,18 @@ def test_signal_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupts.raise_them()
     os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_second_signal_does_not_interrupt_what_the_first_began() -> None:
+    done = []
+
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("put in order")
+
+    with pytest.raises(Interrupted):
+        interrupted()
+    assert done == ["put in order"]

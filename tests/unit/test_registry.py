@@ -20,7 +20,9 @@ PASSWORD = "correct-horse-battery"
 
 @pytest.fixture
 def settings() -> config.Config:
-    return replace(config.load(ROOT), head_addr="192.0.2.1", registry_port=5000, dockerhub_username="")
+    return replace(
+        config.load(ROOT), head_addr="192.0.2.1", registry_port=5000, user_registry_port=5001, dockerhub_username=""
+    )
 
 
 @pytest.fixture
@@ -135,4 +137,4 @@ def test_every_machine_learns_the_authority(
     registry.ensure_trust(settings, state, workers)
     assert sorted(name for name, _, _ in scripts) == ["c1", "c2"]
     assert all("-----BEGIN CERTIFICATE-----" in text for _, text, _ in scripts)
-    assert all(arguments == ["192.0.2.1:5000"] for _, _, arguments in scripts)
+    assert all(arguments == ["192.0.2.1:5000", "192.0.2.1:5001"] for _, _, arguments in scripts)

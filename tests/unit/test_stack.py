@@ -1,5 +1,6 @@
 """The stack file, what fills it in, and when a deploy lets the workers run empty."""
 
+import itertools
 import re
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from docker.errors import APIError
 
 import samples
+from agent.container_policy import Buffer
 from cfiddle_cluster import stack
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.slurm import Node
@@ -21,13 +23,13 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 REFERENCES = {name: f"10.0.0.1:5000/cfiddle-{name}@sha256:{name}" for name in stack.IMAGES}
 NAMES = {
     f"{kind}_{name.upper().replace('-', '_').replace('.', '_')}": f"slurm-stack_{name}-0123456789ab"
-    for kind, names in (("SECRET", stack.SECRETS), ("CONFIG", stack.CONFIGS))
+    for kind, names in (("SECRET", stack.SECRETS), ("CONFIG", (*stack.CONFIGS, *stack.CERTIFICATES)))
     for name in names
 }
 
 
-def values(**settings: str) -> dict[str, str]:
-    return stack._values(samples.config(ROOT, **settings), REFERENCES, NAMES)
+def values(buffer: Buffer | None = None, **settings: str) -> dict[str, str]:
+    return stack._values(samples.config(ROOT, **settings), REFERENCES, NAMES, buffer or Buffer())
 
 
 def sources(service: str) -> list[str]:
@@ -41,7 +43,7 @@ def test_every_name_in_the_stack_file_has_a_value_and_no_value_is_unused() -> No
 
 
 def test_services_are_those_of_the_cluster() -> None:
-    assert set(SERVICES) == {"mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "userhost"}
+    assert set(SERVICES) == {"mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "user-registry", "userhost"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -76,6 +78,9 @@ def test_secrets_are_readable_for_those_alone_who_need_them() -> None:
         ("mysql", "database-password", "803"),
         ("slurmdbd", "database-password", "0"),
         ("userhost", "jupyter-token", "1000"),
+        ("agent", "user-registry-password", "0"),
+        ("user-registry", "user-registry-password", "804"),
+        ("user-registry", "registry-key", "804"),
         *((name, "ssh-authority", "0") for name in ("slurmd", "userhost")),
         *((name, "munge-key", "801") for name in ("slurmdbd", "slurmctld", "slurmd", "userhost")),
     }
@@ -108,6 +113,11 @@ def test_simulated_workers_say_what_config_sh_says_and_real_ones_what_they_have(
     assert values(LOCAL_WORKER_CPUS="8", WORKER_ADDRS="10.0.0.2")["SLURMD_CPUS"] == ""
 
 
+def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
+    free = values(Buffer(cpus=2, memory_mb=1024))
+    assert (free["SLURMD_BUFFER_CPUS"], free["SLURMD_BUFFER_MEMORY_MB"]) == ("2", "1024")
+
+
 @pytest.mark.parametrize(
     ("changed", "changes"),
     [
@@ -136,6 +146,7 @@ class Deployed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, labels: dict[str, str]) -> None:
         self.events: list[str] = []
+        self.files: list[str] = []
         self.nodes = {
             "c1": Node("c1", "allocated", True),
             "c2": Node("c2", "drained", True, "disk is broken"),
@@ -152,7 +163,7 @@ class Deployed:
         monkeypatch.setattr(stack, "services", lambda: found)
         monkeypatch.setattr(stack, "running_tasks", lambda _service: self.tasks)
         monkeypatch.setattr(stack, "_ensure_secrets", lambda _state: {})
-        monkeypatch.setattr(stack, "_ensure_configs", lambda _root: NAMES)
+        monkeypatch.setattr(stack, "_ensure_configs", lambda _root, _state: NAMES)
         monkeypatch.setattr(stack, "_remove_unused", lambda _used: self.events.append("tidy"))
         monkeypatch.setattr(stack.registry, "docker_config", lambda _config, _state: Path("/account"))
         monkeypatch.setattr(stack, "run", self.run)
@@ -166,6 +177,7 @@ class Deployed:
     def run(self, argv: list[str], **_: Any) -> str:
         assert argv[1:3] == ["--config", "/account"]
         self.events.append(" ".join(argv[3:5]))
+        self.files = [Path(file).name for option, file in itertools.pairwise(argv) if option == "--compose-file"]
         return ""
 
     def drain(self, names: list[str], reason: str) -> None:
@@ -173,9 +185,9 @@ class Deployed:
         for name in names:
             self.nodes[name] = Node(name, "drained", True, reason)
 
-    def deploy(self) -> list[str]:
+    def deploy(self, **settings: str) -> list[str]:
         state: Any = None
-        stack.deploy(samples.config(ROOT), state, REFERENCES)
+        stack.deploy(samples.config(ROOT, **settings), state, REFERENCES)
         return self.events
 
 
@@ -190,6 +202,17 @@ def test_workers_run_empty_before_what_jobs_run_in_changes_and_take_jobs_again(m
 
 def test_nothing_is_drained_when_nothing_of_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Deployed(monkeypatch, labels()).deploy() == ["stack deploy", "healthy", "resume ", "tidy"]
+
+
+def test_ssh_is_published_where_config_sh_has_a_port_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed = Deployed(monkeypatch, labels())
+    deployed.deploy()
+    assert deployed.files == ["docker-compose.yml"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    deployed.deploy(SSH_PORT=port)
+    assert deployed.files == ["docker-compose.yml", "ssh-port.yml"]
 
 
 def test_nodes_that_an_interrupted_deploy_drained_take_jobs_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +271,12 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
     return found
 
 
-def test_a_secret_is_made_once_and_a_changed_one_beside_it_until_the_old_one_is_unused(kept: Kept) -> None:
+def test_a_secret_is_made_once_and_a_changed_one_beside_it_until_the_old_one_is_unused(
+    kept: Kept, tmp_path: Path
+) -> None:
     content = dict.fromkeys(stack.SECRETS, "0123456789")
-    state: Any = SimpleNamespace(secret=content.__getitem__)
+    (tmp_path / "registry.key").write_text("0123456789")
+    state: Any = SimpleNamespace(secret=content.__getitem__, path=tmp_path.__truediv__)
     first = stack._ensure_secrets(state)
     assert stack._ensure_secrets(state) == first
     assert len(kept.there) == len(stack.SECRETS)
@@ -272,10 +298,13 @@ def test_a_changed_configuration_has_another_name(kept: Kept, tmp_path: Path) ->
     for path in stack.CONFIGS.values():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("a setting\n")
-    first = stack._ensure_configs(tmp_path)
-    assert stack._ensure_configs(tmp_path) == first
+    for name in stack.CERTIFICATES:
+        (tmp_path / name).write_text("a certificate\n")
+    state: Any = SimpleNamespace(path=tmp_path.__truediv__)
+    first = stack._ensure_configs(tmp_path, state)
+    assert stack._ensure_configs(tmp_path, state) == first
     (tmp_path / "conf" / "slurm.conf").write_text("another setting\n")
-    second = stack._ensure_configs(tmp_path)
+    second = stack._ensure_configs(tmp_path, state)
     assert {name for name in first if first[name] != second[name]} == {"CONFIG_SLURM_CONF"}
 
 

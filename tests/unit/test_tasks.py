@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TASKS = (
     "up doctor machines swarm label nfs build distribute deploy add-user remove-user import-users scale add-worker "
-    "remove-worker machinefile test-mpi status shell url logs export-logs backup restore down test check"
+    "remove-worker machinefile test-mpi status shell url logs export-logs backup restore down test check "
+    "setup-containers free-images import-info ddocker"
 ).split()
 
 

@@ -1,0 +1,204 @@
+"""Images that users commit: each under its owner's uid in a registry of their own, from which every machine has them.
+
+What the engine calls `HOST:PORT/u1000/name:tag`, its owner calls `name:tag`, and root `u1000/name:tag`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agent.container_shape import USER_LABEL
+from agent.engine import Engine, EngineError
+from agent.wire import Refused, shown
+
+ACCOUNT = "cfiddle"
+
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_NAME = re.compile(rf"({_PART}(?:/{_PART})*)(?::([A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}))?")
+_OWNED = re.compile(r"u([0-9]{1,10})/(.+)")
+_MOST_LETTERS = 200
+_MANIFESTS = (
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.oci.image.manifest.v1+json",
+)
+_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The users' registry: HOST:PORT, the password of ACCOUNT there, and who signed its certificate."""
+
+    address: str
+    password: str = field(repr=False)
+    authority: Path
+
+    @property
+    def account(self) -> dict[str, str]:
+        """The account as the engine takes it."""
+        return {"username": ACCOUNT, "password": self.password, "serveraddress": self.address}
+
+    def digest(self, repository: str, tag: str) -> str:
+        """Return the digest of an image's manifest; "" if there is none. A repository is without the address."""
+        status, digest = self._ask("HEAD", f"/v2/{repository}/manifests/{tag}")
+        if status not in (200, 404):
+            raise Refused("registry", f"the users' registry answers {status}")
+        return digest if status == 200 else ""
+
+    def delete(self, repository: str, digest: str) -> None:
+        """Delete a manifest; one that is gone is as it should be."""
+        status, _ = self._ask("DELETE", f"/v2/{repository}/manifests/{digest}")
+        if status == 405:
+            raise Refused("registry", "the users' registry is read-only while its space is freed; try again later")
+        if status not in (202, 404):
+            raise Refused("registry", f"the users' registry answers {status}")
+
+    def _ask(self, method: str, path: str) -> tuple[int, str]:
+        credential = base64.b64encode(f"{ACCOUNT}:{self.password}".encode()).decode()
+        headers = {"Authorization": f"Basic {credential}", "Accept": ", ".join(_MANIFESTS)}
+        try:
+            context = ssl.create_default_context(cafile=self.authority)
+            connection = http.client.HTTPSConnection(self.address, timeout=_TIMEOUT_S, context=context)
+            with contextlib.closing(connection):
+                connection.request(method, path, headers=headers)
+                answer = connection.getresponse()
+                answer.read()
+                return answer.status, answer.getheader("Docker-Content-Digest", "")
+        except (OSError, http.client.HTTPException) as error:
+            raise Refused("registry", f"the users' registry at {self.address} does not answer: {error}") from error
+
+
+class Reference(NamedTuple):
+    """An image of a user's.
+
+    Attributes:
+        repository: of the registry, without its address.
+    """
+
+    uid: int
+    repository: str
+    tag: str
+    name: str
+
+
+class UserImages:
+    """The users' images on this machine and in the registry; its methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, registry: Registry | None, *, per_user: int) -> None:
+        """Remember where they are.
+
+        Args:
+            registry: None where users can commit nothing.
+            per_user: how many each may have.
+        """
+        self._engine = engine
+        self._registry = registry
+        self._per_user = per_user
+
+    def listed(self, uid: int) -> list[dict[str, Any]]:
+        """Return the user's images on this machine, by name; root gets everybody's."""
+        if self._registry is None:
+            return []
+        prefix = f"{self._registry.address}/u{uid}/" if uid else f"{self._registry.address}/u"
+        hidden = prefix if uid else f"{self._registry.address}/"
+        return [
+            {
+                "name": name.removeprefix(hidden),
+                "id": image["Id"],
+                "size": image["Size"],
+                "owner": (image["Labels"] or {}).get(USER_LABEL, ""),
+            }
+            for image in self._engine.images()
+            for name in sorted(image["RepoTags"] or [])
+            if name.startswith(prefix)
+        ]
+
+    def commit(self, container: str, uid: int, name: str) -> None:
+        """Make an image of a container, and push it to the registry.
+
+        Args:
+            container: the engine's id.
+            uid: of its owner.
+            name: what the owner is to call it.
+
+        Raises:
+            Refused: the name is illegal or taken, the share used up, or the registry does not answer.
+            EngineError: the image cannot be made or pushed; then there is none.
+        """
+        registry, image = self._of_registry(), _parsed(uid, name)
+        if registry.digest(image.repository, image.tag):
+            raise Refused("name", f"there is an image {image.name} already; names of images are distinct")
+        if len(self.listed(uid)) >= self._per_user:
+            raise Refused("share", f"{self._per_user} images of yours are here, the most there may be")
+        repository = f"{registry.address}/{image.repository}"
+        self._engine.commit(container, repository, image.tag, {})
+        try:
+            self._engine.push(repository, image.tag, registry.account)
+        except BaseException:
+            self._engine.remove_image(f"{repository}:{image.tag}")
+            raise
+
+    def ensure(self, uid: int, name: str) -> str:
+        """Return what the engine knows a user's image by, and pull it if it is not here; Refused if there is none."""
+        if self._registry is None or not _NAME.fullmatch(name):
+            raise Refused("image", f"there is no image {shown(name)}")
+        image = _parsed(uid, name)
+        repository = f"{self._registry.address}/{image.repository}"
+        try:
+            self._engine.image(f"{repository}:{image.tag}")
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            if not self._registry.digest(image.repository, image.tag):
+                raise Refused("image", f"there is no image {image.name}") from error
+            self._engine.pull(repository, image.tag, self._registry.account)
+        return f"{repository}:{image.tag}"
+
+    def forget(self, uid: int, name: str) -> None:
+        """Remove a user's image from this machine and from the registry; one that is gone is as it should be.
+
+        Raises:
+            EngineError: a container is made of it.
+        """
+        registry, image = self._of_registry(), _parsed(uid, name)
+        self._engine.remove_image(f"{registry.address}/{image.repository}:{image.tag}")
+        if digest := registry.digest(image.repository, image.tag):
+            registry.delete(image.repository, digest)
+
+    def _of_registry(self) -> Registry:
+        if self._registry is None:
+            raise Refused("registry", "this machine knows no registry for users' images")
+        return self._registry
+
+
+def full_name(name: str) -> str:
+    """Return an image's name with its tag."""
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def registry_of(environment: Mapping[str, str]) -> Registry | None:
+    """Return the registry that the stack tells of, in USER_REGISTRY and files beside it; None if it tells of none."""
+    address = environment.get("USER_REGISTRY", "")
+    if not address:
+        return None
+    password = Path("/run/secrets/user-registry-password").read_text().strip()
+    return Registry(address, password, Path("/etc/cfiddle/ca.crt"))
+
+
+def _parsed(uid: int, name: str) -> Reference:
+    """Return what a user's name for an image stands for; root's begins with the owner's uid."""
+    owner, rest = uid, name
+    if uid == 0 and (owned := _OWNED.fullmatch(name)):
+        owner, rest = int(owned[1]), owned[2]
+    found = _NAME.fullmatch(rest)
+    if not found or len(rest) > _MOST_LETTERS or owner == 0:
+        raise Refused("image", f"{shown(name)} is no name of an image: a-z, 0-9 and . _ - / between them, and a :tag")
+    tag = found[2] or "latest"
+    return Reference(owner, f"u{owner}/{found[1]}", tag, f"{found[1]}:{tag}")
