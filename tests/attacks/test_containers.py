@@ -51,7 +51,7 @@ for fields in json.loads(sys.argv[1]):
     agent.settimeout(20)
     agent.connect("/run/cfiddle-agent/agent.sock")
     request = {"v": 2, "type": "container", "job": int(os.environ.get("SLURM_JOB_ID", 0)), "user": sys.argv[2],
-               "name": "smuggled", "image": "my_task_image", "again": False, **fields}
+               "name": "smuggled", "image": "my_task_image", "ports": 0, "again": False, **fields}
     agent.send(json.dumps(request).encode())
     told = json.loads(agent.recv(65536) or b"{}")
     print(told.get("code") or told.get("type"))
@@ -222,6 +222,7 @@ def test_names_and_fields_that_are_none_are_refused_to_a_job_step(cluster: LiveC
         "field": [
             *({"job": job} for job in (0, -1, "1; id", 2**32, True, None)),
             *({field: value} for field in ("mounts", "uid", "Privileged", "HostConfig") for value in (1,)),
+            *({"ports": ports} for ports in (-1, 10**6, "22", None)),
             *({"name": 1}, {"user": None}, {"image": ["my_task_image"]}, {"again": "yes"}),
         ],
         "image": [{"image": image} for image in ("debian", "-v/:/host", "my_task_image\n", "cfiddle-agent", "..")],

@@ -5,24 +5,20 @@ from typing import Any
 import pytest
 
 from agent.checked import PolicyError
-from agent.container_policy import ContainerPolicy, parse
+from agent.container_policy import parse
 from agent.container_request import field, hold_request, name_of
 from agent.wire import Refused
 
 GOOD = {"images": ["my_task_image"], "per_user": 3, "disk_mb": 10, "cpus": 1, "memory_mb": 64, "processes": 99}
-HOLD = {"v": 2, "type": "container", "job": 7, "user": "me", "name": "a", "image": "", "again": False}
+HOLD = {"v": 2, "type": "container", "job": 7, "user": "me", "name": "a", "image": "", "ports": 0, "again": False}
 
 
 def test_own_images_are_what_their_names_stand_for() -> None:
     found = parse({**GOOD, "images": ["my_task_image", "debian:12"]}, {"my_task_image": "registry/task@sha256:1"})
-    assert found == ContainerPolicy(
-        images={"my_task_image": "registry/task@sha256:1", "debian:12": "debian:12"},
-        per_user=3,
-        disk_mb=10,
-        cpus=1,
-        memory_mb=64,
-        processes=99,
-    )
+    assert found.images == {"my_task_image": "registry/task@sha256:1", "debian:12": "debian:12"}
+    assert {name: getattr(found, name) for name in GOOD if name != "images"} == {
+        name: value for name, value in GOOD.items() if name != "images"
+    }
 
 
 @pytest.mark.parametrize(
@@ -93,6 +89,7 @@ def test_request_to_hold_a_container_is_taken() -> None:
         {"user": None},
         {"image": 1},
         {"again": 0},
+        *({"ports": ports} for ports in (-1, 10**6, "1", None, True)),
         {"name": "-rf"},
         {"name": None},
     ],
@@ -102,7 +99,7 @@ def test_request_to_hold_what_is_none_is_refused(wrong: dict[str, Any]) -> None:
         hold_request({**HOLD, **wrong})
 
 
-@pytest.mark.parametrize("missing", ["job", "user", "name", "image", "again"])
+@pytest.mark.parametrize("missing", ["job", "user", "name", "image", "ports", "again"])
 def test_request_must_say_everything(missing: str) -> None:
     with pytest.raises(Refused):
         hold_request({name: value for name, value in HOLD.items() if name != missing})

@@ -16,7 +16,8 @@ import pytest
 
 from agent import containers, wire
 from agent.container_policy import ContainerPolicy
-from agent.containers import Containers, Owner, configuration, limits
+from agent.container_shape import Owner, Wanted, configuration, limits
+from agent.containers import Containers
 from agent.engine import EngineError
 from agent.grants import Grant
 from agent.wire import Refused
@@ -225,6 +226,7 @@ def make(
             homes=homes,  # type: ignore[arg-type]
             home_options=lambda name: {"type": "none", "o": "bind", "device": f"/srv/{name}"},
             network="cfiddle-users",
+            own_image="",
         )
 
     return make
@@ -241,7 +243,7 @@ def ask(kept: Containers) -> Iterator[Callable[..., Step]]:
     steps: list[Step] = []
 
     def ask(*, uid: int = ME, **fields: Any) -> Step:
-        request = {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "again": False} | fields
+        request = {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False} | fields
         steps.append(Step(kept, uid, request))
         return steps[-1]
 
@@ -291,8 +293,8 @@ def test_container_that_is_in_no_job_yet_gets_its_limits_with_the_job(
 
 
 def test_user_who_is_called_as_everybody_s_home_is_has_it_once() -> None:
-    wanted = configuration(Owner(1, 1, "me"), "a", image="i", policy=POLICY, grant=None, home={}, network="n")
-    assert [mount["Target"] for mount in wanted["HostConfig"]["Mounts"]] == ["/home/me"]
+    asked = configuration(Wanted(Owner(1, 1, "me"), "a", "i", "i"), policy=POLICY, grant=None, home={}, network="n")
+    assert [mount["Target"] for mount in asked["HostConfig"]["Mounts"]] == ["/home/me"]
 
 
 def test_what_a_grant_does_not_say_is_no_limit() -> None:
@@ -302,8 +304,9 @@ def test_what_a_grant_does_not_say_is_no_limit() -> None:
 def test_other_options_of_a_home_are_another_volume() -> None:
     def source(device: str) -> str:
         home = {"device": device}
-        wanted = configuration(Owner(1, 1, "me"), "a", image="i", policy=POLICY, grant=None, home=home, network="n")
-        return str(wanted["HostConfig"]["Mounts"][0]["Source"])
+        wanted = Wanted(Owner(1, 1, "me"), "a", "i", "i")
+        asked = configuration(wanted, policy=POLICY, grant=None, home=home, network="n")
+        return str(asked["HostConfig"]["Mounts"][0]["Source"])
 
     assert source("/a/me") == source("/a/me") != source("/b/me")
 
@@ -554,7 +557,7 @@ def test_container_in_a_job_is_not_swept(
 ) -> None:
     monkeypatch.setattr(containers, "_ADOPTION_S", 0)
     kept = make()
-    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "again": False})
+    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False})
     container = step.hears()["container"]
     stray = _create(kept, "b")
     engine.start(stray)

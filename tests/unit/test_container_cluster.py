@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 
 from agent import letters
 from agent.letters import LetterError
-from container_manager import agents, cluster, interrupts, room
+from container_manager import agents, cluster, interrupts, launch, room
 from container_manager.agents import AgentRefused, Agents, together
 from container_manager.cluster import Cluster
 from container_manager.errors import ContainerError
 from container_manager.interrupts import Interrupted
+from container_manager.launch import Launch
 from container_manager.place import Container
 from container_manager.room import Job, Machine
 from live import wait_until
@@ -45,17 +47,20 @@ Says = Callable[[str, str], Path]
 # --- what Slurm says -------------------------------------------------------------------------------------------------
 
 
+LAUNCH = Launch("me", "a", "i", "c2", cpus=2, memory_mb=300)
+
+
 def test_job_is_submitted_as_it_shall_be(says: Says) -> None:
     asked = says("sbatch", "echo '17;cluster'")
-    options: dict[str, Any] = {"user": "me", "name": "a", "image": "i", "cpus": 2, "memory_mb": 300}
-    assert room.submit(machine="c2", options=["--gres", "gpu:1"], **options) == 17
+    assert room.submit(replace(LAUNCH, shares_cpus=True, gpus=("t", "t", "u"), ports=3)) == 17
     argv = asked.read_text().split("\n")[:-1]
-    assert argv[-4:] == ["/usr/local/lib/cfiddle/container-job", "me", "a", "i"]
-    assert argv[-8:-4] == ["--nodelist", "c2", "--gres", "gpu:1"]
+    assert argv[argv.index("/usr/local/lib/cfiddle/container-job") + 1 :] == ["me", "a", "i", "3"]
     given = dict(itertools.pairwise(argv))
     assert (given["--cpus-per-task"], given["--mem"], given["--export"]) == ("2", "300M", "NIL")
-    room.submit(machine="", **options)
-    assert "--nodelist" not in asked.read_text()
+    assert (given["--nodelist"], given["--gres"]) == ("c2", "gpu:t:2,gpu:u:1")
+    assert "--oversubscribe" in argv
+    room.submit(replace(LAUNCH, machine=""))
+    assert not {"--nodelist", "--gres", "--oversubscribe"} & set(asked.read_text().split("\n"))
 
 
 @pytest.mark.parametrize(
@@ -106,23 +111,26 @@ def test_nothing_is_cancelled_where_there_is_nothing(says: Says) -> None:
 
 
 def test_machines_and_what_is_free_on_them(says: Says) -> None:
-    lines = ["c1   |mixed     |3/1/0/4   |4000  |1500 |", "c2   |down*     |0/0/4/4   |4000  |0    |"]
-    says("sinfo", f"printf '%s\\n' {' '.join(map(repr, lines))}")
-    assert room.machines() == [Machine("c1", "mixed", 1, 2500), Machine("c2", "down*", 0, 4000)]
+    known = "CPUAlloc=3 CPUEfctv=4 RealMemory=4000 MemSpecLimit=100 AllocMem=1500 Gres=(null) GresUsed="
+    lines = [
+        f"NodeName=c2 {known} State=IDLE Partitions=normal,shared",
+        f"NodeName=c1 {known} State=MIXED+DRAIN Partitions=shared",
+        f"NodeName=c3 {known} State=IDLE Partitions=normal",
+    ]
+    says("scontrol", f"printf '%s\\n' {' '.join(map(repr, lines))}")
+    assert room.machines() == [Machine("c1", "mixed+drain", 1, 2400, {}), Machine("c2", "idle", 1, 2400, {})]
 
 
 @pytest.mark.parametrize(
     ("state", "takes"),
     [
-        *((state, True) for state in ("idle", "mixed", "allocated", "idle~", "mixed#")),
-        *(
-            (state, False)
-            for state in ("down", "down*", "idle*", "drained", "draining", "reserved", "mixed*", "unknown")
-        ),
+        *((state, True) for state in ("idle", "mixed", "allocated", "idle+cloud", "mixed+completing")),
+        *((state, False) for state in ("down", "down+not_responding", "idle+not_responding", "idle+drain", "unknown")),
+        *((state, False) for state in ("idle+reserved", "mixed+maintenance", "idle+powered_down", "error")),
     ],
 )
 def test_machine_takes_jobs_in_some_states(state: str, takes: bool) -> None:
-    assert Machine("c1", state, 1, 1).takes_jobs is takes
+    assert Machine("c1", state, 1, 1, {}).takes_jobs is takes
 
 
 @pytest.mark.parametrize(
@@ -140,7 +148,7 @@ def test_what_slurm_refuses_is_said(says: Says, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(room, "_TIMEOUT_S", 0.2)
     says("sbatch", said)
     with pytest.raises(ContainerError, match=message):
-        room.submit(user="me", name="a", image="", machine="", cpus=1, memory_mb=1)
+        room.submit(LAUNCH)
 
 
 def test_without_slurm_this_is_no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,12 +158,8 @@ def test_without_slurm_this_is_no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_ctrl_c_of_the_terminal_does_not_reach_slurm_s_commands(says: Says) -> None:
-    says("sinfo", "ps -o sid= -p $$ >&2; ps -o sid= -p $$; exit 1")
-    with pytest.raises(ContainerError) as caught:
-        room.machines()
-    session = str(caught.value).split()[-1]
-    assert session.isdigit()
-    assert int(session) != os.getsid(0)
+    says("squeue", 'echo "RUNNING|c1|$(ps -o sid= -p $$)"')
+    assert int(room.job(7).reason) != os.getsid(0)
 
 
 # --- all at once -----------------------------------------------------------------------------------------------------
@@ -218,14 +222,14 @@ class FakeSlurm:
 
     def __init__(self) -> None:
         self.jobs: dict[int, Job] = {}
-        self.submitted: list[dict[str, Any]] = []
+        self.submitted: list[Launch] = []
         self.cancelled: list[int] = []
-        self.free: list[Machine] = [Machine("c1", "idle", 2, 4000), Machine("c2", "idle", 2, 3000)]
-        self.on_submit: Callable[[dict[str, Any]], Job] = lambda wanted: Job("RUNNING", wanted["machine"], "None")
+        self.free: list[Machine] = [Machine("c1", "idle", 2, 4000, {}), Machine("c2", "idle", 2, 3000, {})]
+        self.on_submit: Callable[[Launch], Job] = lambda wanted: Job("RUNNING", wanted.machine, "None")
         self.submitting: Callable[[], object] = lambda: None
         self._numbers = itertools.count(7)
 
-    def submit(self, **wanted: Any) -> int:
+    def submit(self, wanted: Launch) -> int:
         self.submitting()
         number = next(self._numbers)
         self.submitted.append(wanted)
@@ -277,9 +281,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     found = FakeSlurm()
     for name in ("submit", "job", "cancel", "let_go_anywhere", "machines"):
         monkeypatch.setattr(room, name, getattr(found, name))
-    monkeypatch.setattr(cluster, "_LOOK_S", 0.02)
-    monkeypatch.setattr(cluster, "_PINNED_S", 0.05)
-    monkeypatch.setattr(cluster, "_SAY_S", 0.1)
+    monkeypatch.setattr(launch, "_LOOK_S", 0.02)
+    monkeypatch.setattr(launch, "_PINNED_S", 0.05)
+    monkeypatch.setattr(launch, "_SAY_S", 0.1)
+    monkeypatch.setattr(launch, "_FIRST_LOOK_S", 0.02)
     return found
 
 
@@ -320,7 +325,7 @@ def test_containers_of_all_machines_are_listed_newest_first(place: Cluster, aske
 
 def test_machine_that_slurm_knows_and_that_does_not_answer_is_silent(place: Cluster, slurm: FakeSlurm) -> None:
     assert place.silent() == []
-    slurm.free.append(Machine("c3", "down*", 0, 4000))
+    slurm.free.append(Machine("c3", "down", 0, 4000, {}))
     assert place.silent() == ["c3"]
 
 
@@ -333,7 +338,11 @@ def test_new_containers_go_where_most_memory_is_free_by_turns(place: Cluster, as
 def test_new_containers_go_to_no_machine_that_is_down_or_silent(
     place: Cluster, slurm: FakeSlurm, asked: FakeAgents
 ) -> None:
-    slurm.free = [Machine("c1", "down*", 0, 4000), Machine("c2", "mixed", 1, 1000), Machine("c3", "idle", 2, 9000)]
+    slurm.free = [
+        Machine("c1", "down", 0, 4000, {}),
+        Machine("c2", "mixed", 1, 1000, {}),
+        Machine("c3", "idle", 2, 9000, {}),
+    ]
     place.create(["n0", "n1", "n2"])
     assert {machine for machine, _, _ in asked.asked} == {"c2"}
     slurm.free = slurm.free[:1]
@@ -345,7 +354,7 @@ def test_container_runs_in_a_job_on_its_machine(place: Cluster, slurm: FakeSlurm
     place.start(
         [_container(), _container("my_task_container_1", "c2", "exited", "b"), _container(status="running", id_="c")]
     )
-    wanted = {one["name"]: (one["machine"], one["image"], one["cpus"], one["memory_mb"]) for one in slurm.submitted}
+    wanted = {one.name: (one.machine, one.image, one.cpus, one.memory_mb) for one in slurm.submitted}
     assert wanted == {
         "my_task_container_0": ("c1", "my_task_image", 1, 512),
         "my_task_container_1": ("c2", "", 1, 512),
