@@ -167,10 +167,11 @@ def test_ctrl_c_of_the_terminal_does_not_reach_slurm_s_commands(says: Says) -> N
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, interrupts._handler)
+    before = {number: signal.getsignal(number) for number in interrupts._SIGNALS}
+    interrupts.raise_them()
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_results_come_in_order_from_calls_at_once() -> None:
