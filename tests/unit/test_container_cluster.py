@@ -199,6 +199,18 @@ def test_others_are_waited_for_when_one_fails() -> None:
     assert sorted(ended) == [1, 2, 3]
 
 
+def test_one_that_fails_gives_up_those_that_wait() -> None:
+    given_up = threading.Event()
+
+    def work(number: int) -> None:
+        if number:
+            raise ContainerError("no")
+        assert given_up.wait(5)
+
+    with pytest.raises(ContainerError, match="no"):
+        together(work, range(2), giving_up=given_up.set)
+
+
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [1, 4])
 def test_no_call_is_cut_in_two_by_ctrl_c(number: int) -> None:
