@@ -258,17 +258,6 @@ def test_links_in_a_home_lead_nowhere(cluster: LiveCluster) -> None:
         cluster.user(f"rm {secret}", VICTIM).ok()
 
 
-def test_data_that_cannot_be_made_is_a_clear_message(cluster: LiveCluster) -> None:
-    cluster.user("mv data .kept; ln -s /nowhere data", THIEF)
-    try:
-        result = cluster.user(["cm", "run", "--cmd", "true"], THIEF)
-        assert result.exit_status == 1
-        assert re.fullmatch(r"error: .*/data.*\n(→ .*\n)?", result.stderr), result.stderr
-        assert cluster.containers(THIEF) == []
-    finally:
-        cluster.user("rm data; mv .kept data; true", THIEF)
-
-
 # --- 6: no job, no container -----------------------------------------------------------------------------------------
 
 
@@ -505,17 +494,18 @@ for child in children:
 
 def test_flood_of_connections_keeps_nobody_out(cluster: LiveCluster, victim: UsersContainer) -> None:
     program = f"""
-held = []
-for number in range(600):
+held, number = [], 0
+while True:
     try:
         connection, greeting = come({victim.worker!r})
         if number % 3 == 1:
             connection.sendall((1000).to_bytes(4) + b"half a letter")
-        held.append(connection)
+        held = [*held[-600:], connection]
     except (OSError, EOFError):
         pass
-print("flooding", len(held), flush=True)
-time.sleep(60)
+    number += 1
+    if number == 600:
+        print("flooding", flush=True)
 """
     flood = cluster.background(["python3", "-c", RAW + program], THIEF)
     try:

@@ -337,6 +337,17 @@ def test_name_that_is_none_is_refused(cm: Cm, name: str) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_data_that_cannot_be_made_is_said_and_nothing_is_left(cluster: LiveCluster, cm: Cm) -> None:
+    cluster.user("mv data .kept; ln -s /nowhere data", USER)
+    try:
+        result = cm("run", "--cmd", "true")
+        assert (result.exit_status, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"error: /home/{USER}/data cannot be made: File exists\n")
+        assert _states(cluster) == {}
+    finally:
+        cluster.user("rm data; mv .kept data; true", USER).ok()
+
+
 def test_more_containers_than_a_user_may_have_are_refused_and_none_is_left(cluster: LiveCluster, cm: Cm) -> None:
     result = cm("create", "100")
     assert (result.exit_status, result.stdout) == (1, "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from live import LiveCluster, Result, UsersContainer, run, wait_until
+from live import CommandFailed, LiveCluster, Result, UsersContainer, run, wait_until
 
 USER = "test_user1"
 NAME = "my_task_container_0"
@@ -62,8 +62,12 @@ def _wait_until_starts(cluster: LiveCluster, container: UsersContainer) -> None:
 
 
 def _new_service(cluster: LiveCluster, service: str, worker: str, old: str) -> None:
-    what = f"{service} of {worker} runs again"
-    wait_until(lambda: cluster.container(service, worker) not in ("", old), timeout_s=90, what=what)
+    def look() -> bool:
+        with contextlib.suppress(CommandFailed):  # its engine may be away
+            return cluster.container(service, worker) not in ("", old)
+        return False
+
+    wait_until(look, timeout_s=90, what=f"{service} of {worker} runs again")
 
 
 def test_container_outlives_its_agent_and_is_the_next_one_s(cluster: LiveCluster, running: UsersContainer) -> None:
