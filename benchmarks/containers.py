@@ -26,6 +26,7 @@ from common import (
 )
 
 MANY = 8
+EACH = 20
 QUEUED = 1000
 PAUSE_S = 1.0
 
@@ -102,6 +103,22 @@ def task2(bench: Bench) -> Iterator[Measured]:
     yield ratio("`cm task2`, against `cm run --cmd true`", 2.5, times, what="task2", against="run")
 
 
+def containers_everywhere(bench: Bench) -> Iterator[Measured]:
+    """`ddocker ps -a` with many containers on each of the machines that there are: once with two, once with eight."""
+    machines = len(simulated_workers())
+    bench.clear()
+    try:
+        in_userhost("cm", "create", str(EACH * machines))
+        samples = [bench.seconds("ddocker ps -a") for _ in range(bench.rounds)]
+        shown = len(in_userhost("ddocker", "ps", "-a").splitlines()) - 1
+        if shown != EACH * machines:
+            raise RuntimeError(f"{shown} containers are shown, not {EACH * machines}")
+    finally:
+        bench.clear()
+    name = f"`ddocker ps -a` on {machines} machines with {EACH} containers each"
+    yield Measured(name, "s", 0.5, statistics.median(samples), samples)
+
+
 def info_of_many_jobs(bench: Bench) -> Iterator[Measured]:
     """`cminfo` while many jobs wait."""
     name = "cminfo-benchmark"
@@ -117,7 +134,7 @@ def info_of_many_jobs(bench: Bench) -> Iterator[Measured]:
 
 def start_of_a_command(bench: Bench) -> Iterator[Measured]:
     """What a command takes before it does anything."""
-    for command in ("cm", "cminfo"):
+    for command in ("cm", "cminfo", "ddocker"):
         samples = [bench.seconds(f"{command} --help") for _ in range(bench.rounds * 2)]
         yield Measured(f"`{command} --help`", "s", 0.15, statistics.median(samples), samples)
 
@@ -126,6 +143,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Measured]]] = {
     "run": run_in_a_new_one,
     "create": create_many,
     "task2": task2,
+    "ps": containers_everywhere,
     "cminfo": info_of_many_jobs,
     "help": start_of_a_command,
 }

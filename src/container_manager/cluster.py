@@ -119,7 +119,7 @@ class Cluster:
             machine=container.machine,
             cpus=CPUS,
             memory_mb=MEMORY_MB,
-            shares_cpus=True,
+            counts_cpus=False,
         )
 
     def _targets(self, number: int) -> list[str]:

@@ -269,8 +269,8 @@ def _free() -> str:
             cards = "".join(f", {number} {kind}" for kind, number in machine.free_gpus.items() if number)
             free = f"{machine.free_cpus} CPUs, {machine.free_memory_mb / 1024:.1f} GB{cards} free"
         else:
-            free = machine.state
-        lines.append(f"  {machine.name}: {free}")
+            free = "takes no jobs"
+        lines.append(f"  {machine.name} ({machine.state.partition('+')[0]}): {free}")
     return "\n".join(lines)
 
 

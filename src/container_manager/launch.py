@@ -28,7 +28,7 @@ class Launch:
         machine: where it is or shall be; "" for anywhere. With an image, it may come to be elsewhere.
         cpus, memory_mb, gpus: what its job asks for; GPUs by Slurm's word for their model.
         ports: how many it gets.
-        shares_cpus: whether other such jobs may use the same CPUs.
+        counts_cpus: whether its CPUs are to be free of others that count theirs.
         patience_s: how long it may wait for room; None for ever.
     """
 
@@ -40,7 +40,7 @@ class Launch:
     memory_mb: int
     gpus: tuple[str, ...] = ()
     ports: int = 0
-    shares_cpus: bool = False
+    counts_cpus: bool = True
     patience_s: float | None = None
 
 

@@ -19,6 +19,7 @@ PARTITION = "shared"
 _SCRIPT = "/usr/local/lib/cfiddle/container-job"
 _TIMEOUT_S = 30
 _LOOK_S = 0.1
+_CPUS = "container_cpus"  # a GRES (slurm.conf)
 _TOO_LARGE = "Requested node configuration is not available"
 _CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powering_down", "reserved"}
 
@@ -42,7 +43,7 @@ class Job(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """How a machine is, in Slurm's words as in `mixed+drain`, and what it has free; GPUs by Slurm's word."""
+    """How a machine is, in Slurm's words as in `mixed+drain`, and what it has free for containers."""
 
     name: str
     state: str
@@ -65,13 +66,13 @@ def submit(launch: Launch) -> int:
     """
     argv = ["sbatch", "--parsable", "--partition", PARTITION, "--job-name", launch.name]
     argv += ["--cpus-per-task", str(launch.cpus), "--mem", f"{launch.memory_mb}M", "--no-requeue"]
-    argv += ["--export", "NIL", "--chdir", "/", "--output", "/dev/null"]
-    if launch.shares_cpus:
-        argv += ["--oversubscribe"]
+    argv += ["--export", "NIL", "--chdir", "/", "--output", "/dev/null", "--oversubscribe"]
     if launch.machine:
         argv += ["--nodelist", launch.machine]
-    if launch.gpus:
-        argv += ["--gres", ",".join(f"gpu:{kind}:{number}" for kind, number in Counter(launch.gpus).items())]
+    gres = [f"{_CPUS}:{launch.cpus}"] if launch.counts_cpus else []
+    gres += [f"gpu:{kind}:{number}" for kind, number in Counter(launch.gpus).items()]
+    if gres:
+        argv += ["--gres", ",".join(gres)]
     if os.getuid() == 0:  # who may submit for others
         argv += ["--uid", launch.user]
     answer = _run([*argv, _SCRIPT, launch.user, launch.name, launch.image, str(launch.ports)])
@@ -118,13 +119,19 @@ def machines() -> list[Machine]:
         free_gpus = _gpus(told["Gres"])
         free_gpus.subtract(_gpus(told.get("GresUsed", "")))
         free_mb = int(told["RealMemory"]) - int(told.get("MemSpecLimit", 0)) - int(told["AllocMem"])
-        free_cpus = int(told["CPUEfctv"]) - int(told["CPUAlloc"])
+        free_cpus = _cpus(told["Gres"]) - _cpus(told.get("GresUsed", ""))
         found.append(Machine(told["NodeName"], told["State"].lower(), free_cpus, free_mb, free_gpus))
     return sorted(found)
 
 
+def _cpus(gres: str) -> int:
+    """Return how many CPUs for containers stand in what scontrol says of a machine."""
+    found = re.search(rf"{_CPUS}:(\d+)", gres)
+    return int(found[1]) if found else 0
+
+
 def _gpus(gres: str) -> Counter[str]:
-    """Return how many GPUs of each kind stand in what sinfo says, such as `gpu:titan_xp:2(S:0)`."""
+    """Return how many GPUs of each kind stand in what scontrol says, such as `gpu:titan_xp:2(S:0)`."""
     return Counter({kind: int(number) for kind, number in re.findall(r"gpu:([a-z0-9_]+):(\d+)", gres)})
 
 

@@ -239,7 +239,7 @@ def test_create_asks_and_answers_as_people_know_it(world: World) -> None:
     ]
     [made] = world.jobs.values()
     assert (made.cpus, made.memory_mb, made.gpus, made.ports, made.image) == (12, 65536, (), 1, "python3_cuda:latest")
-    assert (made.machine, made.shares_cpus) == ("", False)
+    assert (made.machine, made.counts_cpus) == ("", True)
 
 
 def test_ps_is_the_table_that_people_know(world: World) -> None:
@@ -331,8 +331,8 @@ def test_no_room_says_what_is_free_and_leaves_no_job(world: World) -> None:
     said = refusal("create", *ALL, "--name", "abc")
     assert said.splitlines() == [
         "there is no room for container abc now: Resources",
-        "  c1: 8 CPUs, 64.0 GB, 1 titan_xp free",
-        "  c2: 8 CPUs, 64.0 GB, 1 titan_xp free",
+        "  c1 (idle): 8 CPUs, 64.0 GB, 1 titan_xp free",
+        "  c2 (idle): 8 CPUs, 64.0 GB, 1 titan_xp free",
     ]
     assert world.over == {1}
 
@@ -428,3 +428,23 @@ def test_setup_names_what_is_missing_and_what_is_in_the_way(world: World) -> Non
         "c2: lacks the image ubuntu:latest; on the head: ./invoke setup-containers",
         "c2: container left-over is not the cluster's: remove it",
     ]
+
+
+def test_machines_are_read_from_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(name: str, state: str, **more: str) -> str:
+        told = {"NodeName": name, "Gres": "container_cpus:7,gpu:titan_xp:2(S:0)", "RealMemory": "8000"}
+        told |= {"GresUsed": "container_cpus:2,gpu:titan_xp:1(IDX:0)", "State": state}
+        told |= {"AllocMem": "2048", "MemSpecLimit": "1000"}
+        return " ".join(f"{key}={value}" for key, value in {**told, "Partitions": "normal,shared", **more}.items())
+
+    lines = [
+        line("c2", "DOWN*+DYNAMIC_NORM", Gres="(null)", GresUsed="gpu:0"),
+        line("c1", "MIXED+DYNAMIC_NORM"),
+        line("c3", "IDLE+DRAIN+DYNAMIC_NORM"),
+        line("other", "IDLE", Partitions="normal"),
+    ]
+    monkeypatch.setattr(room, "_run", lambda *_args, **_options: "\n".join(lines))
+    found = room.machines()
+    assert [(machine.name, machine.takes_jobs) for machine in found] == [("c1", True), ("c2", False), ("c3", False)]
+    assert (found[0].free_cpus, found[0].free_memory_mb, dict(found[0].free_gpus)) == (5, 4952, {"titan_xp": 1})
+    assert dict(found[1].free_gpus) == {}
