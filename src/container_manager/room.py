@@ -124,7 +124,7 @@ def machines() -> list[Machine]:
 
 
 def _gpus(gres: str) -> Counter[str]:
-    """Return how many GPUs of each kind stand in what sinfo says, such as `gpu:titan_xp:2(S:0)`."""
+    """Return how many GPUs of each kind stand in what scontrol says, such as `gpu:titan_xp:2(S:0)`."""
     return Counter({kind: int(number) for kind, number in re.findall(r"gpu:([a-z0-9_]+):(\d+)", gres)})
 
 
