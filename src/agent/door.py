@@ -176,7 +176,9 @@ class Door:
             mark = str(request["nonce"])
             return {"type": "runs"}, containers.execute(uid, name, argv, terminal=terminal, mark=mark)
         raise Refused(
-            "field", "type is none of create, delete, exec, gpus, images, inspect, list, outcome, stop, types"
+            "field",
+            "type is none of amiss, commit, create, delete, exec, fetch, forget, gpus, images, inspect, list, outcome, "
+            "stop, types",
         )
 
     def _relay(self, connection: socket.socket, command: Command) -> bool:
