@@ -24,7 +24,8 @@ from agent.wire import Refused
 
 _STRANGERS = 128
 """So many may be there who have not said yet who they are; the next one takes the place of the oldest."""
-_CONNECTIONS_PER_USER = 64
+_CONNECTIONS_PER_USER = 128
+"""A command asks an agent at most half as many things at once."""
 _PATIENCE_S = 10.0
 _IDLE_S = 300.0
 _MOST_WAIT_S = 60.0
