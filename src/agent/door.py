@@ -65,7 +65,7 @@ class Door:
         """Turn the oldest strangers away where there are too many: who waits for nobody cannot keep others out."""
         with self._lock:
             strangers = [guest for guest, uid in self._guests.items() if uid is None]
-            for stranger in strangers[: len(strangers) - _STRANGERS + 1]:
+            for stranger in strangers[: max(0, len(strangers) - _STRANGERS + 1)]:
                 del self._guests[stranger]
                 with contextlib.suppress(OSError):
                     stranger.shutdown(socket.SHUT_RDWR)
