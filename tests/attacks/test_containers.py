@@ -255,6 +255,10 @@ def test_links_in_a_home_lead_nowhere(cluster: LiveCluster) -> None:
         assert f"/home/{VICTIM}" in seen.stdout, "the command ran"
     finally:
         cluster.user("rm data .root; mv .kept data; true", THIEF)
+        cluster.remove_containers(THIEF)
+        for worker in cluster.workers:  # a volume keeps what it was made with, were that wrong
+            mine = f"docker volume ls -q --filter name=cfiddle-home-{THIEF}- | xargs -r docker volume rm"
+            cluster.on_worker(worker, ["sh", "-c", mine]).ok()
         cluster.user(f"rm {secret}", VICTIM).ok()
 
 
