@@ -63,10 +63,11 @@ def test_job_is_submitted_as_it_shall_be(says: Says, monkeypatch: pytest.MonkeyP
     assert room.submit(_launch(machine="c2", gpus=("titan_xp", "h200", "titan_xp"), ports=3)) == 17
     given, words = _submitted(asked)
     assert words == ["/usr/local/lib/cfiddle/container-job", "me", "a", "i", "3"]
-    assert (given["--nodelist"], given["--gres"]) == ("c2", "gpu:titan_xp:2,gpu:h200:1")
+    assert (given["--nodelist"], given["--gres"]) == ("c2", "container_cpus:2,gpu:titan_xp:2,gpu:h200:1")
     assert (given["--cpus-per-task"], given["--mem"], given["--export"]) == ("2", "300M", "NIL")
-    assert not {"--uid", "--oversubscribe"} & set(given)
-    room.submit(_launch(shares_cpus=True))
+    assert "--oversubscribe" in given
+    assert "--uid" not in given
+    room.submit(_launch(counts_cpus=False))
     given, words = _submitted(asked)
     assert words[-1] == "0"
     assert "--oversubscribe" in given
@@ -129,8 +130,13 @@ def test_nothing_is_cancelled_where_there_is_nothing(says: Says) -> None:
 
 def _node(name: str, state: str, **more: str) -> str:
     """Return a machine's line as scontrol has it."""
-    told = {"NodeName": name, "CPUAlloc": "2", "CPUEfctv": "7", "Gres": "gpu:titan_xp:2(S:0)", "RealMemory": "8000"}
-    told |= {"GresUsed": "gpu:titan_xp:1(IDX:0)", "AllocMem": "2048", "MemSpecLimit": "1000", "State": state}
+    told = {"NodeName": name, "Gres": "container_cpus:7,gpu:titan_xp:2(S:0)", "RealMemory": "8000"}
+    told |= {
+        "GresUsed": "container_cpus:2,gpu:titan_xp:1(IDX:0)",
+        "AllocMem": "2048",
+        "MemSpecLimit": "1000",
+        "State": state,
+    }
     return " ".join(f"{key}={value}" for key, value in {**told, "Partitions": "normal,shared", **more}.items())
 
 
@@ -143,7 +149,7 @@ def test_machines_and_what_is_free_on_them(says: Says) -> None:
     asked = says("scontrol", f"printf '%s\\n' {' '.join(map(repr, lines))}")
     assert room.machines() == [
         Machine("c1", "mixed+dynamic_norm", 5, 4952, {"titan_xp": 1}),
-        Machine("c2", "down*+dynamic_norm", 5, 4952, {}),
+        Machine("c2", "down*+dynamic_norm", 0, 4952, {}),
     ]
     assert asked.read_text().split() == ["--details", "--oneliner", "show", "nodes"]
 
@@ -410,7 +416,8 @@ def test_container_runs_in_a_job_on_its_machine(place: Cluster, slurm: FakeSlurm
         "my_task_container_0": ("c1", "my_task_image", 1, 512),
         "my_task_container_1": ("c2", "", 1, 512),
     }
-    assert all(one.shares_cpus and not one.ports and one.patience_s is None for one in slurm.submitted)
+    assert not any(one.counts_cpus for one in slurm.submitted)
+    assert all(not one.ports and one.patience_s is None for one in slurm.submitted)
     assert slurm.cancelled == []
     assert {kind for _, kind, _ in asked.asked} == {"outcome"}
     assert place.data.is_dir()
