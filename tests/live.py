@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "user-registry", "userhost")
 MACHINE = "cfiddle-machine-"
 SANDBOX_LABEL = "cfiddle.sandbox"
+CONTAINER_LABEL = "cfiddle.container"
 
 PATIENCE = float(os.environ.get("CFIDDLE_TEST_PATIENCE", "1"))
 """Every deadline is multiplied by this; what is asserted about speed is not."""
@@ -266,6 +267,16 @@ class Served(NamedTuple):
     job: int
 
 
+class UsersContainer(NamedTuple):
+    """A container of a user's, as a worker's engine knows it; `name` is the owner's word, `state` the engine's."""
+
+    worker: str
+    id: str
+    uid: int
+    name: str
+    state: str
+
+
 class LiveCluster:
     """The cluster that `./invoke up` made on this machine."""
 
@@ -394,6 +405,34 @@ class LiveCluster:
         lines = self.on_worker(worker, argv).ok().splitlines()
         return [Event(said["Action"], said["id"], said["timeNano"] / 1e9) for said in map(json.loads, lines)]
 
+    # users' containers
+
+    def containers(self, user: str | None = None) -> list[UsersContainer]:
+        """Return the containers of one user, or of all, on all workers."""
+        form = '{{.ID}} {{.Label "cfiddle.uid"}} {{.Label "cfiddle.name"}} {{.State}}'
+        uid = "" if user is None else str(self.ids(user)[0])
+        found = []
+        for worker in self.workers:
+            argv = ["docker", "ps", "-a", "--no-trunc", "--filter", f"label={CONTAINER_LABEL}", "--format", form]
+            lines = map(str.split, self.on_worker(worker, argv).ok().splitlines())
+            found += [
+                UsersContainer(worker, id_, int(owner), name, state)
+                for id_, owner, name, state in lines
+                if uid in ("", owner)
+            ]
+        return sorted(found, key=lambda container: container.name)
+
+    def remove_containers(self, *users: str) -> None:
+        """Remove all containers of these users, and end the jobs that they are in."""
+        names = ",".join(users)
+        for user in users:
+            self.slurm(f"scancel --quiet --user {user} --partition shared")
+        gone = "its jobs are gone"
+        wait_until(lambda: not self.slurm(f"squeue -h -u {names} -p shared"), timeout_s=60, what=gone)
+        for user, worker in itertools.product(users, self.workers):
+            mine = f"docker ps -aq --filter label=cfiddle.uid={self.ids(user)[0]} | xargs -r docker rm -f"
+            self.on_worker(worker, ["sh", "-c", mine]).ok()
+
     # Slurm
 
     def slurm(self, command: str, *, timeout_s: float = 60) -> str:
@@ -456,6 +495,8 @@ class LiveCluster:
             return f"nodes that are not idle: {busy}"
         if containers := self.sandboxes():
             return f"sandboxes: {containers}"
+        if running := [found for found in self.containers() if found.state == "running"]:
+            return f"users' containers that run: {running}"
         return ""
 
     def wait_until_idle(self, *, timeout_s: float = 60) -> None:

@@ -74,7 +74,7 @@ def configuration(
             "DriverConfig": {"Name": "local", "Options": dict(home)},
         },
     }
-    homes = (f"/home/{owner.user}", "/home/me")
+    homes = list(dict.fromkeys((f"/home/{owner.user}", "/home/me")))
     ulimits = [{"Name": limit.name, "Soft": limit.soft, "Hard": limit.hard} for limit in options.ulimits]
     cpus, memory_mb = (grant.cpu_count, grant.memory_mb) if grant else (policy.cpus, policy.memory_mb)
     return {

@@ -310,11 +310,11 @@ class Containers:
                 self._tell(job, Outcome(uid, container, None, time.monotonic()))
                 wire.send(connection, {"type": "running", "container": container})
                 status = self._watch(connection, container, held, grant)
-                if held.reason == "stopped":
-                    status = 0
-                log.info("container %s of user %d, job %d: ended with status %s", name, uid, job, status)
-                with contextlib.suppress(OSError):
-                    wire.send(connection, {"type": "ended", "status": status, "reason": held.reason})
+            if held.reason == "stopped":
+                status = 0
+            log.info("container %s of user %d, job %d: ended with status %s", name, uid, job, status)
+            with contextlib.suppress(OSError):
+                wire.send(connection, {"type": "ended", "status": status, "reason": held.reason})
         except (Refused, EngineError) as error:
             refusal = error if isinstance(error, Refused) else Refused("engine", str(error))
             self._tell(job, Outcome(uid, "", refusal, time.monotonic()))

@@ -24,7 +24,8 @@ from agent.wire import Refused
 
 _STRANGERS = 128
 """So many may be there who have not said yet who they are; the next one takes the place of the oldest."""
-_CONNECTIONS_PER_USER = 64
+_CONNECTIONS_PER_USER = 128
+"""A command asks an agent at most half as many things at once."""
 _PATIENCE_S = 10.0
 _IDLE_S = 300.0
 _MOST_WAIT_S = 60.0
@@ -64,7 +65,7 @@ class Door:
         """Turn the oldest strangers away where there are too many: who waits for nobody cannot keep others out."""
         with self._lock:
             strangers = [guest for guest, uid in self._guests.items() if uid is None]
-            for stranger in strangers[: len(strangers) - _STRANGERS + 1]:
+            for stranger in strangers[: max(0, len(strangers) - _STRANGERS + 1)]:
                 del self._guests[stranger]
                 with contextlib.suppress(OSError):
                     stranger.shutdown(socket.SHUT_RDWR)
@@ -178,7 +179,9 @@ class Door:
                 uid, name, argv, terminal=terminal, size=size_of(request), mark=mark
             )
         raise Refused(
-            "field", "type is none of create, delete, exec, gpus, images, inspect, list, outcome, stop, types"
+            "field",
+            "type is none of amiss, commit, create, delete, exec, fetch, forget, gpus, images, inspect, list, outcome, "
+            "stop, types",
         )
 
     def _relay(self, connection: socket.socket, command: Command) -> bool:

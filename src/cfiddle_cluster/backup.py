@@ -28,7 +28,7 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import SECRETS, State
 from cfiddle_cluster.wait import wait_until
 
-VERSION = 1
+VERSION = 2
 """Of the archive's layout; another one is refused."""
 
 DATABASE = "slurm_acct_db"

@@ -31,6 +31,7 @@ from cfiddle_cluster import (
     stack,
     swarm,
     tuning,
+    user_containers,
     userhost,
     users,
 )
@@ -283,6 +284,7 @@ class Cluster:
                 slurm.wait_until_empty([name], timeout_s=stack.DRAIN_TIMEOUT_S)
                 if not machine.simulated:
                     tuning.undo(self.config, self.state, [machine], report.note)
+                    user_containers.remove_all(machine)
         with report.step(f"take {name} out of the cluster"):
             swarm.unlabel_worker(name)
             wait_until(
@@ -379,7 +381,11 @@ class Cluster:
         packages.ensure_root()
         with self.state.lock("remove-user"):
             self._must_run()
-            users.remove(self.config, self.state, name, delete_home=delete_home)
+            workers = self._slurm_workers()
+            answering = machines.answering(workers)
+            users.remove(self.config, self.state, name, delete_home=delete_home, machines=answering)
+            for silent in sorted({worker.name for worker in workers} - {worker.name for worker in answering}):
+                print(f"{silent} does not answer: containers of {name} may be left there")
         print(f"{name} is no user any longer" + ("" if delete_home else "; the home directory is still there"))
 
     def import_users(self, path: Path) -> None:
@@ -451,6 +457,7 @@ class Cluster:
         with report.step("services"):
             stack.remove()
             registry.remove_registry(purge=purge)
+            user_containers.stop(self._head)
         if self.config.simulated or simulated.existing():
             with report.step("simulated machines"):
                 simulated.remove_all(purge=purge)
@@ -466,6 +473,7 @@ class Cluster:
         if purge:
             with report.step("volumes and images"):
                 registry.remove_trust(self.config, [self._head])
+                user_containers.remove_all(self._head)
                 stack.remove_volumes(self._head)
                 images.remove_images(self._head)
 
@@ -473,7 +481,9 @@ class Cluster:
         def release(machine: Machine) -> None:
             swarm.release(self.state, machine)
             registry.remove_trust(self.config, [machine])
+            user_containers.stop(machine)
             if purge:
+                user_containers.remove_all(machine)
                 stack.remove_volumes(machine)
                 images.remove_images(machine)
 

@@ -27,7 +27,7 @@ _IMAGE_OF = {
     "registry": "registry",
 }
 # What the agent makes containers of, by the setting that tells it which.
-_IN_THE_AGENT = {"SANDBOX_IMAGE": "sandbox", "COMPILER_IMAGE": "compiler"}
+_IN_THE_AGENT = {"SANDBOX_IMAGE": "sandbox", "COMPILER_IMAGE": "compiler", "TASK_IMAGE": "task"}
 
 
 def main(config: Config, state: State, *, as_json: bool = False) -> int:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfiddle_cluster import engine, homes, services, slurm, userhost
+from cfiddle_cluster import engine, homes, services, slurm, user_containers, userhost
 from cfiddle_cluster.config import LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.state import State
 
 LIST = "users.json"
@@ -106,8 +107,17 @@ def import_users(config: Config, state: State, path: Path) -> list[User]:
     return _add(config, state, _rows(path))
 
 
-def remove(config: Config, state: State, name: str, *, delete_home: bool = False) -> None:
+def remove(
+    config: Config, state: State, name: str, *, delete_home: bool = False, machines: Iterable[Machine] = ()
+) -> None:
     """Remove a user, end their jobs and sessions; the home stays unless told otherwise.
+
+    Args:
+        config: the administrator's settings.
+        state: where the list is.
+        name: of the user.
+        delete_home: whether the home goes too.
+        machines: from which their containers go.
 
     Raises:
         ClusterError: there is no such user, or it is one that the cluster needs.
@@ -124,6 +134,8 @@ def remove(config: Config, state: State, name: str, *, delete_home: bool = False
         slurm.delete_user(name)
     _place_accounts([*(other for other in listing(state) if other != user), PROBE])
     userhost.end_sessions(user)
+    for machine in machines:
+        user_containers.remove_of(machine, uid=user.uid, user=name)
     if delete_home:
         homes.delete_home(config, name)
     known = _read(state)

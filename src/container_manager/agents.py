@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from agent import letters
@@ -241,7 +241,12 @@ def together(
     """
     pool = ThreadPoolExecutor(_AT_ONCE)
     try:
-        return list(pool.map(function, items))
+        with interrupts.put_off():
+            futures = [pool.submit(function, item) for item in items]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in filter(Future.done, futures):
+            future.result()
+        return [future.result() for future in futures]
     except BaseException:
         with interrupts.put_off():
             giving_up()

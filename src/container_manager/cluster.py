@@ -53,6 +53,10 @@ class Cluster:
 
         return sorted(found, key=age, reverse=True)
 
+    def silent(self) -> list[str]:
+        """Return the machines that Slurm knows and whose agents do not answer."""
+        return sorted({machine.name for machine in room.machines()} - set(self._agents.machines))
+
     def create(self, new: Sequence[str]) -> None:
         """Create containers without starting them, each on the machine that has most room; all or none."""
         targets = self._targets(len(new))
@@ -65,7 +69,10 @@ class Cluster:
 
     def start(self, containers: Sequence[Container]) -> None:
         """Have them all run, each in a job; one that never ran may come to run on another machine."""
-        self.data.mkdir(exist_ok=True)
+        try:
+            self.data.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ContainerError(f"{self.data} cannot be made: {error.strerror}", f"ls -ld {self.data}") from error
         self._launches.start([self._launch(container) for container in containers if not container.is_running])
 
     def execute(self, container: Container, command: str, output: Callable[[bytes], None]) -> int:

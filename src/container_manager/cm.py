@@ -33,7 +33,8 @@ def list_(table: bool, as_json: bool) -> None:
     """List all containers"""
     if table and as_json:
         raise click.UsageError("either --table or --json")
-    containers = here().containers()
+    place = here()
+    containers = place.containers()
     if as_json:
         import json
 
@@ -44,6 +45,8 @@ def list_(table: bool, as_json: bool) -> None:
         click.echo(f"There are {len(containers)} containers:")
         for position, container in enumerate(containers, 1):
             click.echo(f"container {position} : {_described(container)}")
+    for machine in place.silent():
+        click.echo(f"{machine} does not answer: containers that are there are not shown", err=True)
 
 
 @commands.command()

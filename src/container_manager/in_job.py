@@ -31,14 +31,21 @@ def run_again(words: Sequence[str]) -> NoReturn:
     options = ["--job-name", again[0], "--partition", PARTITION, "--oversubscribe", "--mem", "128M", "--time", "10"]
     # With us, and apart from the terminal: what Ctrl-C does to srun itself leaves a command no time to tidy up.
     argv = ["setpriv", "--pdeathsig", "TERM", "srun", *options, "cm", *again]
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = None
     try:
+        with interrupts.put_off():  # what has begun is known here, and can be told
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         sys.exit(process.wait())
     except interrupts.Interrupted:
         with interrupts.put_off():
-            process.send_signal(signal.SIGUSR1)  # which srun passes on
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.terminate()
+            if process:
+                _end(process)
         raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGUSR1)  # which srun passes on
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()

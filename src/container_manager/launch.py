@@ -140,7 +140,7 @@ class Launches:
     def _end_jobs(self, launches: Sequence[Launch]) -> None:
         """End the jobs of those that are being started; one that is just being submitted is ended by who does that."""
         with self._lock:
-            starts = [self._starting[launch] for launch in launches]
+            starts = [self._starting[launch] for launch in launches if launch in self._starting]
             for start in starts:
                 start.is_wanted = False
             jobs = [start.job for start in starts if start.job is not None]

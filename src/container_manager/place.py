@@ -57,6 +57,9 @@ class Place(Protocol):
     def containers(self) -> list[Container]:
         """Return this user's own that the manager touches, newest first."""
 
+    def silent(self) -> list[str]:
+        """Return the machines that do not answer; what is there is not among the containers."""
+
     def create(self, names: Sequence[str]) -> None:
         """Create a container of each name, without starting it; all or none."""
 

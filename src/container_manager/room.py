@@ -21,7 +21,7 @@ _TIMEOUT_S = 30
 _LOOK_S = 0.1
 _CPUS = "container_cpus"  # a GRES (slurm.conf)
 _TOO_LARGE = "Requested node configuration is not available"
-_CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powered_down", "powering_down", "reserved"}
+_CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powering_down", "reserved"}
 
 
 class Job(NamedTuple):

@@ -40,10 +40,16 @@ def test_added_user_works_at_once_and_removed_one_is_gone(cluster: LiveCluster, 
     assert home.stat().st_mode & 0o7777 == 0o700
     assert home.stat().st_uid == cluster.ids(name)[0] >= 2003
 
-    job = cluster.sbatch("sleep 100", name)
+    job = cluster.sbatch("sleep 100", name, "-p", "shared", "--mem=64")
     cluster.wait_until_runs(job)
     uid = cluster.ids(name)[0]
+    cluster.user(["cm", "run", "--cmd", "true"], name).ok()
+    cluster.user(["cm", "create", "1"], name).ok()
+    assert sorted(found.state for found in cluster.containers(name)) == ["created", "running"]
     invoke("remove-user", name).ok()
+    assert [found for found in cluster.containers() if found.uid == uid] == []
+    volumes = [cluster.on_worker(worker, ["docker", "volume", "ls", "-q"]).ok() for worker in cluster.workers]
+    assert f"cfiddle-home-{name}-" not in "".join(volumes)
     assert name not in _users_on_userhost(cluster)
     assert cluster.wait_for_state(job, "CANCELLED", timeout_s=30)
     assert name not in cluster.slurm("sacctmgr -n -P show user format=User").split()

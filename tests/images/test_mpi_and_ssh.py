@@ -266,7 +266,8 @@ def test_mpirun_goes_over_ssh_where_the_user_has_jobs(nodes: Nodes) -> None:
     nodes.userhost.run("tee", "/etc/machinefile", input="c1 slots=2\nc2 slots=2\n", user="0:0")
     job = nodes.hold()
     try:
-        found = _ranks(nodes.script("mpirun --hostfile /etc/machinefile python3 hello.py </dev/null"))
+        found = _ranks(nodes.script("mpirun --hostfile /etc/machinefile python3 hello.py </dev/null 2>complaints"))
+        assert "WARNING" not in nodes.script("cat complaints")
         assert {line.split()[1] for line in found} == {"c1", "c2"}, found
     finally:
         nodes.end(job)

@@ -225,6 +225,7 @@ def test_session_has_a_clean_environment_and_private_files(host: UserHost) -> No
         "LANG",
         "TERM",
         "PATH",
+        "OMPI_MCA_mca_base_env_list",
         "PWD",
         "OLDPWD",
         "SHLVL",

@@ -436,6 +436,11 @@ def test_strangers_keep_nobody_out(come: Callable[[], Guest]) -> None:
     assert all(stranger.is_turned_away() for stranger in strangers[: -door._STRANGERS])
 
 
+def test_as_many_strangers_as_there_is_room_for_can_wait(come: Callable[[], Guest]) -> None:
+    strangers = [come() for _ in range(door._STRANGERS)]
+    assert {stranger.ask(type="list")["type"] for stranger in strangers[: door._STRANGERS // 2]} == {"containers"}
+
+
 def test_one_user_keeps_no_other_out(come: Callable[[], Guest], credentials: Credentials) -> None:
     mine = [come() for _ in range(door._CONNECTIONS_PER_USER)]
     assert {guest.ask(type="list")["type"] for guest in mine} == {"containers"}

@@ -126,12 +126,14 @@ def test_fault_of_a_lock_is_found(root: Path, wanted: str, locked: str, fault: s
     assert found.startswith(fault)
 
 
-def test_notebook_and_sandbox_that_differ_are_found(root: Path) -> None:
+def test_notebook_and_sandbox_or_worker_that_differ_are_found(root: Path) -> None:
     _lock(root, "sandbox", "numpy", f"numpy==2{HASH}pandas==2{HASH}")
+    _lock(root, "worker", "scipy", f"scipy==3{HASH}")
     _lock(root, "user", "numpy", f"numpy==1{HASH}")
     assert checks.lock_faults(root) == [
         "sandbox.lock has numpy 2, and user.lock 1",
         "sandbox.lock has pandas 2, and user.lock has none",
+        "worker.lock has scipy 3, and user.lock has none",
     ]
 
 

@@ -41,6 +41,7 @@ class World:
             "stack": "deploy remove remove_volumes",
             "slurm": "drain wait_until_empty delete_node set_down",
             "images": "remove_images",
+            "user_containers": "stop remove_all",
             "distribution": "remove_outdated",
         }.items():
             for name in names.split():
@@ -352,6 +353,7 @@ def test_worker_that_was_removed_is_forgotten(world: World, monkeypatch: pytest.
     world.cluster(**REAL).remove_worker("10.0.0.3")
     assert _addresses(world) == ("10.0.0.2",)
     assert "swarm.remove_node 10.0.0.3" in world.did
+    assert world.verbs().count("user_containers.remove_all") == 1
 
 
 def test_lost_worker_with_a_name_for_an_address_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +408,14 @@ def test_users_come_and_go_and_are_told_what_that_means(world: World, capsys: py
     ]
 
 
+def test_machine_that_keeps_a_removed_user_s_containers_is_named(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.silent = {"c2"}
+    world.cluster().remove_user("ada", delete_home=False)
+    assert "c2 does not answer: containers of ada may be left there\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -449,6 +459,7 @@ def test_down_keeps_state_homes_images_and_volumes(world: World) -> None:
         "packages.ensure_root",
         "stack.remove",
         "registry.remove_registry purge=False",
+        "user_containers.stop",
         "simulated.remove_all purge=False",
         "swarm.leave",
     ]
@@ -467,8 +478,10 @@ def test_real_workers_do_not_come_beside_simulated_ones(world: World) -> None:
 
 def test_purge_takes_everything(world: World) -> None:
     world.cluster().down(purge=True)
-    for verb in ("stack.remove_volumes", "images.remove_images", "registry.remove_trust", "homes.purge"):
+    wanted = "user_containers.remove_all stack.remove_volumes images.remove_images registry.remove_trust homes.purge"
+    for verb in wanted.split():
         assert verb in world.verbs()
+    assert world.did.index("user_containers.remove_all") < world.did.index("stack.remove_volumes"), "they hold volumes"
     assert "simulated.remove_all purge=True" in world.did
     assert not world.state.directory.exists()
 
@@ -505,6 +518,7 @@ def test_down_goes_on_past_a_worker_that_does_not_answer_and_names_it(
     world.silent = {"10.0.0.2"}
     world.cluster(**REAL).down(purge=False)
     assert left == ["10.0.0.3"]
+    assert world.verbs().count("user_containers.stop") == 2, "on the head and on the worker that answers"
     assert "10.0.0.2 does not answer" in capsys.readouterr().err
     assert world.verbs()[-1] == "swarm.leave"
 

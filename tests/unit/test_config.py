@@ -35,6 +35,7 @@ def test_config_sh_as_it_comes_is_a_laptop_with_two_workers(tmp_path: Path) -> N
     assert found.home_root == Path("/srv/cfiddle-cluster/home")
     assert found.head_addr == config.SIMULATED_HEAD_ADDR
     assert found.jupyter_port == 8888
+    assert found.ssh_port == 0
     assert found.debian_release == "trixie"
     assert found.root == tmp_path
 
@@ -120,6 +121,8 @@ def test_setting_that_is_missing_is_told(tmp_path: Path) -> None:
         ("JUPYTER_PORT=65536", "JUPYTER_PORT is '65536'"),
         ("REGISTRY_PORT=https", "REGISTRY_PORT is 'https'"),
         ("REGISTRY_PORT=8888", "JUPYTER_PORT and REGISTRY_PORT are both 8888"),
+        ("SSH_PORT=0", "SSH_PORT is '0'"),
+        ("SSH_PORT=5000", "REGISTRY_PORT and SSH_PORT are both 5000"),
         ("WORKER_ADDRS='10.0.0.1 10.0.0.2;reboot'", "WORKER_ADDRS has '10.0.0.2;reboot'"),
         ("WORKER_ADDRS='-oProxyCommand=x'", "WORKER_ADDRS has '-oProxyCommand=x'"),
         ("WORKER_ADDRS='10.0.0.2 10.0.0.2'", "WORKER_ADDRS has 10.0.0.2 twice"),

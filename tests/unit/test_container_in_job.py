@@ -40,8 +40,11 @@ def test_srun_runs_the_same_without_the_option(
     assert "--oversubscribe" in said, "it must not take the room that its containers wait for"
 
 
+TELLS = "trap 'echo told; exit 138' USR1; echo runs; while :; do read -rt 0.1 <> <(:); done"
+
+
 def test_interruption_reaches_the_job(tmp_path: Path) -> None:
-    program(tmp_path, "srun", "trap 'echo told; exit 138' USR1; echo runs; while :; do read -rt 0.1 <> <(:); done")
+    program(tmp_path, "srun", TELLS)
     argv = [sys.executable, "-m", "container_manager.cm", "task3", "--slurm"]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(SRC)}
     with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -50,6 +53,28 @@ def test_interruption_reaches_the_job(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20) == ("told\n", "interrupted\n")
     assert process.returncode == 130
+
+
+def test_interruption_reaches_a_job_that_has_just_begun(tmp_path: Path) -> None:
+    program(tmp_path, "srun", TELLS.replace("echo runs;", "touch runs;"))
+    interrupted = """
+import os, pathlib, signal, subprocess, time
+from container_manager import in_job, interrupts
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        while not pathlib.Path("runs").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+in_job.subprocess.Popen = Popen
+interrupts.raise_them()
+in_job.run_again(["task3"])
+"""
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(SRC)}
+    argv = [sys.executable, "-c", interrupted]
+    done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "told\n"
+    assert "Interrupted" in done.stderr
 
 
 def test_no_cluster(cm: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -2,23 +2,15 @@
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from container_manager import interrupts
 from container_manager.interrupts import Interrupted
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in NUMBERS}
-    interrupts.raise_them()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", NUMBERS)

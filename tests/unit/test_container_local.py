@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     return found
 
 
-@pytest.fixture
-def signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    interrupts.raise_them()
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("signals")
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_in_the_middle_of_a_creation(engine: Engine) -> None:
     def interrupt_the_second() -> None:
         if len(engine._api.made) == 2:

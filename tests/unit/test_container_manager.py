@@ -25,6 +25,7 @@ class FakePlace:
         self.states: dict[str, Container] = {}
         self.fails: dict[str, BaseException] = {}
         self.status = 0
+        self.away: list[str] = []
         self._lock = threading.Lock()
         self._made = 0
 
@@ -33,6 +34,9 @@ class FakePlace:
 
     def containers(self) -> list[Container]:
         return sorted(self.states.values(), key=lambda container: container.created, reverse=True)
+
+    def silent(self) -> list[str]:
+        return self.away
 
     def create(self, names: Sequence[str]) -> None:
         for name in names:
@@ -69,6 +73,11 @@ class FakePlace:
             raise error
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "raise_them", lambda: None)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> FakePlace:
     return FakePlace(tmp_path)
@@ -78,7 +87,6 @@ def place(tmp_path: Path) -> FakePlace:
 def command(place: FakePlace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Return what runs `CM.py WORDS…` and returns its stdout; `status` and `stderr` are what else is expected of it."""
     monkeypatch.setattr(cm, "here", lambda: place)
-    monkeypatch.setattr(interrupts, "raise_them", lambda: None)
 
     def run(*words: str, status: int = 0, stderr: str = "") -> str:
         monkeypatch.setattr("sys.argv", ["CM.py", *words])
@@ -273,3 +281,10 @@ def test_container_that_does_not_start_is_kept(place: FakePlace) -> None:
     with pytest.raises(ContainerError, match="no room"):
         Manager(place).ready(container.name)
     assert container.name in place.states
+
+
+def test_machine_that_does_not_answer_is_named_beside_the_list(place: FakePlace, command: Command) -> None:
+    place.away = ["c2"]
+    said = "c2 does not answer: containers that are there are not shown\n"
+    assert command("list", stderr=said) == "There are 0 containers:\n"
+    assert command("list", "--json", stderr=said) == "[]\n"

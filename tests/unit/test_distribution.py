@@ -15,6 +15,7 @@ from cfiddle_cluster.registry import Registry
 
 PASSWORD = "correct-horse-battery"
 BUILT = {name: f"cfiddle-{name}:0123456789ab" for name in IMAGES}
+OF_WORKERS = ["agent", "cluster", "compiler", "sandbox", "task"]
 REGISTRY = "192.0.2.1:5000"
 DIGEST = "sha256:" + "d" * 64
 
@@ -104,13 +105,12 @@ def test_one_machine_needs_no_registry(engine: FakeEngine) -> None:
 def test_workers_get_by_digest_what_they_run_and_no_more(engine: FakeEngine) -> None:
     c1 = worker("c1")
     references = distribute(head(), c1)
-    assert sorted(engine.pushed) == ["cfiddle-agent", "cfiddle-cluster", "cfiddle-compiler", "cfiddle-sandbox"]
+    assert sorted(engine.pushed) == [f"cfiddle-{name}" for name in OF_WORKERS]
     assert references["agent"] == f"{REGISTRY}/cfiddle-agent@{DIGEST}"
     assert references["user"] == "sha256:cfiddle-user"
     ((_, arguments),) = c1.scripts
     assert sorted(arguments) == [
-        f"{REGISTRY}/cfiddle-{name}@{DIGEST}=cfiddle-{name}:0123456789ab"
-        for name in ("agent", "cluster", "compiler", "sandbox")
+        f"{REGISTRY}/cfiddle-{name}@{DIGEST}=cfiddle-{name}:0123456789ab" for name in OF_WORKERS
     ]
 
 
@@ -135,8 +135,7 @@ def test_machine_that_cannot_pull_gets_all_over_ssh_and_all_use_ids(
 ) -> None:
     references = distribute(head(), worker("c1"), worker("c2", "dial tcp 192.0.2.1:5000: connect: no route to host"))
     assert set(references.values()) == {f"sha256:cfiddle-{name}" for name, image in IMAGES.items() if image.roles}
-    of_workers = [BUILT[name] for name in ("agent", "cluster", "compiler", "sandbox")]
-    assert copied == dict.fromkeys(("c1", "c2"), of_workers)
+    assert copied == {machine: [BUILT[name] for name in OF_WORKERS] for machine in ("c1", "c2")}
 
 
 def test_registry_that_cannot_be_reached_is_replaced_by_ssh(engine: FakeEngine, copied: dict[str, list[str]]) -> None:

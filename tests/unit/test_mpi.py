@@ -39,10 +39,15 @@ def test_wrong_pi_is_an_error() -> None:
         mpi.check_pi(3.14)
 
 
-@pytest.mark.parametrize(("address", "network"), [("10.0.2.5", "10.0.2.0/24"), ("172.18.3.4", "172.18.0.0/16")])
-def test_network_is_that_of_the_address_and_not_the_way_to_the_world(address: str, network: str) -> None:
+@pytest.mark.parametrize(
+    ("address", "interface", "network"), [("10.0.2.5", "eth0", "10.0.2.0/24"), ("172.18.3.4", "eth1", "172.18.0.0/16")]
+)
+def test_network_is_that_of_the_address_and_not_the_way_to_the_world(
+    address: str, interface: str, network: str
+) -> None:
     program = types.ModuleType("mpi_network")
     SourceFileLoader("mpi_network", str(PROGRAM)).exec_module(program)
-    assert str(program.subnet(IPv4Address(address), ROUTES)) == network
+    found, its_network = program.network_of(IPv4Address(address), ROUTES)
+    assert (found, str(its_network)) == (interface, network)
     with pytest.raises(ValueError, match=r"192\.0\.2\.1"):
-        program.subnet(IPv4Address("192.0.2.1"), ROUTES)
+        program.network_of(IPv4Address("192.0.2.1"), ROUTES)

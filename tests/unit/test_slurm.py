@@ -72,6 +72,11 @@ def test_nodes_are_read_with_their_state_and_whether_they_answer() -> None:
     assert [name for name, node in nodes.items() if node.is_drained] == ["c2", "c6"]
 
 
+def test_slots_are_those_of_the_nodes_that_take_jobs(told: Told) -> None:
+    told.answers["sinfo"] = ["c2 16 mixed\nc1 4 idle\nc3 4 drained\nc4 4 draining\nc5 4 down\n"]
+    assert slurm.slots() == {"c1": 4, "c2": 16}
+
+
 def test_jobs_are_read_without_their_names(told: Told) -> None:
     told.answers["squeue"] = ["7|ada|normal|RUNNING|0:01|c1\n8_[1-2]|ben|shared|PENDING|0:00|\n"]
     assert slurm.jobs("c1") == [

@@ -1,5 +1,6 @@
 """The stack file, what fills it in, and when a deploy lets the workers run empty."""
 
+import itertools
 import re
 import socket
 from pathlib import Path
@@ -145,6 +146,7 @@ class Deployed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, labels: dict[str, str]) -> None:
         self.events: list[str] = []
+        self.files: list[str] = []
         self.nodes = {
             "c1": Node("c1", "allocated", True),
             "c2": Node("c2", "drained", True, "disk is broken"),
@@ -175,6 +177,7 @@ class Deployed:
     def run(self, argv: list[str], **_: Any) -> str:
         assert argv[1:3] == ["--config", "/account"]
         self.events.append(" ".join(argv[3:5]))
+        self.files = [Path(file).name for option, file in itertools.pairwise(argv) if option == "--compose-file"]
         return ""
 
     def drain(self, names: list[str], reason: str) -> None:
@@ -182,9 +185,9 @@ class Deployed:
         for name in names:
             self.nodes[name] = Node(name, "drained", True, reason)
 
-    def deploy(self) -> list[str]:
+    def deploy(self, **settings: str) -> list[str]:
         state: Any = None
-        stack.deploy(samples.config(ROOT), state, REFERENCES)
+        stack.deploy(samples.config(ROOT, **settings), state, REFERENCES)
         return self.events
 
 
@@ -199,6 +202,17 @@ def test_workers_run_empty_before_what_jobs_run_in_changes_and_take_jobs_again(m
 
 def test_nothing_is_drained_when_nothing_of_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Deployed(monkeypatch, labels()).deploy() == ["stack deploy", "healthy", "resume ", "tidy"]
+
+
+def test_ssh_is_published_where_config_sh_has_a_port_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed = Deployed(monkeypatch, labels())
+    deployed.deploy()
+    assert deployed.files == ["docker-compose.yml"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    deployed.deploy(SSH_PORT=port)
+    assert deployed.files == ["docker-compose.yml", "ssh-port.yml"]
 
 
 def test_nodes_that_an_interrupted_deploy_drained_take_jobs_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr(
         status.slurm, "jobs", lambda: [Job(str(n), "ada", "normal", "RUNNING", "0:01", "c1") for n in range(1, 31)]
     )
-    names = ("mysql", "cluster", "agent", "user", "registry", "sandbox", "compiler")
+    names = ("mysql", "cluster", "agent", "user", "registry", "sandbox", "compiler", "task")
     built = {name: f"cfiddle-{name}:00" for name in names} | {
         "agent": "cfiddle-agent:aa",
         "sandbox": "cfiddle-sandbox:bb",

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfiddle_cluster import homes, services, slurm, userhost, users
+from cfiddle_cluster import homes, services, slurm, user_containers, userhost, users
 from cfiddle_cluster.errors import ClusterError
+from samples import machine
 
 
 class FakeState:
@@ -50,6 +51,9 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(services, "container", lambda _service: SimpleNamespace(id="x"))
     monkeypatch.setattr(slurm, "ensure_users", record("ensure users"))
     monkeypatch.setattr(slurm, "delete_user", record("delete user"))
+    monkeypatch.setattr(
+        user_containers, "remove_of", lambda machine, *, uid, user: done.append(("containers", machine.name, uid, user))
+    )
     return done
 
 
@@ -110,6 +114,14 @@ def test_removed_user_loses_sessions_jobs_and_account_and_keeps_uid_and_home(sta
     ]
     assert users.add(CONFIG, state, "eve").uid == uid + 1, "nobody inherits the files of who was removed"
     assert users.add(CONFIG, state, "ada").uid == uid, "who comes back finds their own"
+
+
+def test_containers_of_a_removed_user_go_when_no_job_can_start_any(state: Any, did: list[Any]) -> None:
+    uid = users.add(CONFIG, state, "ada").uid
+    did.clear()
+    users.remove(CONFIG, state, "ada", machines=[machine("c1"), machine("c2")])
+    assert did[1:3] == [("end sessions", "ada"), ("delete user", "ada")]
+    assert did[-2:] == [("containers", "c1", uid, "ada"), ("containers", "c2", uid, "ada")]
 
 
 def test_home_is_deleted_only_when_asked(state: Any, did: list[Any]) -> None:

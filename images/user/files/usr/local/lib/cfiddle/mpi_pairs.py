@@ -2,8 +2,8 @@
 
 usage: srun --mpi=pmix --ntasks-per-node=1 … python3 mpi_pairs.py     (./invoke test-mpi does so)
 
-All others wait while a pair measures. A latency is half of a round trip of eight bytes, the least of many: what else ran
-meanwhile is not in it. A bandwidth is that of the best of some round trips of a megabyte.
+All others wait while a pair measures. A latency is half of a round trip of eight bytes, the least of many: what else
+ran meanwhile is not in it. A bandwidth is that of the best of some round trips of a megabyte.
 """
 
 import json

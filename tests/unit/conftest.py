@@ -1,0 +1,18 @@
+"""What tests of several modules need."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from container_manager import interrupts
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have signals raise Interrupted, as they do in a command; afterwards they do what they did before."""
+    before = {number: signal.getsignal(number) for number in interrupts._SIGNALS}
+    interrupts.raise_them()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
