@@ -263,7 +263,7 @@ class Containers:
         return found.container
 
     def execute(
-        self, uid: int, name: str, argv: list[str], *, terminal: bool, size: tuple[int, int] | None, mark: str
+        self, uid: int, name: str, argv: list[str], *, terminal: bool, size: tuple[int, int] | None = None, mark: str
     ) -> Command:
         """Run a command in a container that runs.
 

@@ -95,7 +95,7 @@ class Asked:
         self._note("outcome", uid, job, timeout_s)
         return None
 
-    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, mark: str) -> Command:
+    def execute(self, uid: int, name: str, argv: list[str], *, terminal: bool, size: object, mark: str) -> Command:
         self._note("exec", uid, name, argv, terminal, mark)
         return self.command
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent import container_policy, container_shape, gpus, ports, user_images
+from agent import container_policy, container_request, container_shape, gpus, ports, user_images
 from agent.container_shape import Owner, Wanted
 from agent.gpus import Gpu
 from agent.grants import Grant, Grants
@@ -159,6 +159,14 @@ def test_root_says_whose_an_image_is() -> None:
         user_images._parsed(0, "mine")
     with pytest.raises(Refused):
         user_images._parsed(0, "u0/mine")
+
+
+def test_size_of_a_terminal_is_taken_as_far_as_it_is_one() -> None:
+    assert container_request.size_of({}) is None
+    assert container_request.size_of({"rows": 25, "columns": 80}) == (25, 80)
+    for rows, columns in ((0, 80), (25, -1), (25, 2**20), ("25", 80), (25, None), (True, 80)):
+        with pytest.raises(Refused):
+            container_request.size_of({"rows": rows, "columns": columns})
 
 
 # --- the shape -------------------------------------------------------------------------------------------------------
