@@ -379,9 +379,11 @@ def main(arguments: Sequence[str]) -> int:
         cluster.wait_until_idle(timeout_s=_START_S)
         for attack, weakening in chosen:
             began = time.monotonic()
-            with weakener.applied(weakening) as options:
-                verdicts = _attacked(weakening, options)
-            cluster.cancel_all()
+            try:
+                with weakener.applied(weakening) as options:
+                    verdicts = _attacked(weakening, options)
+            finally:  # what a test that was interrupted leaves would hold up the next deploy
+                cluster.cancel_all()
             cluster.wait_until_idle(timeout_s=_START_S)
             seconds = (time.monotonic() - began) / len(verdicts)
             for test, verdict in verdicts.items():
