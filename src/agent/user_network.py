@@ -1,7 +1,8 @@
 """The network that users' containers are on: it leads to the world, and to nothing of the cluster's.
 
 A bridge of its own, on which containers do not see each other. The machine's firewall keeps them from the machine
-itself and from all private addresses, of which the cluster's machines, database, agents and homes are some.
+itself and from all private addresses, of which the cluster's machines, database, agents and homes are some. Only names
+can be asked for there.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ NAME = "cfiddle-users"
 
 _RULES = r"""
     set -eu
-    rule() { chain=$1; shift; iptables -w -C "$chain" "$@" 2>/dev/null || iptables -w -I "$chain" "$@"; }
+    # The engine's own rules are in one of two tables of the kernel's; DOCKER-USER is where they are.
+    for tables in iptables-nft iptables-legacy; do
+        if $tables -w -S DOCKER-USER >/dev/null 2>&1; then break; fi
+    done
+    rule() { chain=$1; shift; $tables -w -C "$chain" "$@" 2>/dev/null || $tables -w -I "$chain" "$@"; }
     # At once: in a chain that is empty for a moment, a connection could be made that is ESTABLISHED from then on.
     {
         echo "*filter"
         echo ":CFIDDLE-USERS - [0:0]"
         echo "-A CFIDDLE-USERS -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"
+        # The engine asks a machine's resolver from the container's network; it often has a private address.
+        echo "-A CFIDDLE-USERS -p udp --dport 53 -j RETURN"
+        echo "-A CFIDDLE-USERS -p tcp --dport 53 -j RETURN"
         for private in 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 \
             172.16.0.0/12 192.168.0.0/16 224.0.0.0/3; do
             echo "-A CFIDDLE-USERS -d $private -j REJECT"
         done
         echo "-A CFIDDLE-USERS -j RETURN"
         echo "COMMIT"
-    } | iptables-restore -w --noflush
+    } | $tables-restore -w --noflush
     rule DOCKER-USER -i "$1" -j CFIDDLE-USERS
     rule INPUT -i "$1" -j REJECT
     rule INPUT -i "$1" -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
