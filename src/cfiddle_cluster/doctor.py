@@ -42,7 +42,7 @@ OK, NOTE, MEND = "ok", "note", "mend"
 WIDTH = 80
 
 # What all images take, with two simulated workers that have copies; and what a cluster that runs needs to go on.
-DISK_TO_BUILD_MB = 8000
+DISK_TO_BUILD_MB = 14000
 DISK_TO_RUN_MB = 1000
 MEMORY_TO_RUN_MB = 2500
 """What an idle cluster with two simulated workers takes, as benchmarks/ measures it."""
