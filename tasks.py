@@ -260,7 +260,7 @@ def test(cluster, only="", prove=False):  # noqa: PT028
     return checks.prove(cluster.config, only.split()) if prove else checks.test(cluster.config, only.split())
 
 
-@cluster_task(help={"which": "latency, fidelity, mpi, containers, or cluster, which takes it down and up several times"})
+@cluster_task(help={"which": "latency, fidelity, mpi, containers, or cluster, which takes it down and up"})
 def benchmark(cluster, which):
     """Measure how long things take; prints medians and writes them and a picture to benchmarks/results."""
     return checks.benchmark(cluster.config, which)

@@ -20,7 +20,7 @@ _REMOVE_NETWORK = """
     rule DOCKER-USER -i "$1" -j CFIDDLE-USERS
     rule INPUT -i "$1" -j REJECT
     rule INPUT -i "$1" -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
-    iptables -w -F CFIDDLE-USERS
+    iptables -w -F CFIDDLE-USERS 2>/dev/null || exit 0
     iptables -w -X CFIDDLE-USERS
 """
 
