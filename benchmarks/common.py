@@ -1,5 +1,6 @@
 """What the benchmarks share: commands, a bare Slurm to compare with, and how figures are shown and kept."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -7,11 +8,11 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from cfiddle_cluster import config
 from cfiddle_cluster.commands import docker_cli, run
@@ -225,3 +226,43 @@ def draw(name: str, rows: Sequence[dict[str, Any]]) -> None:
     file = RESULTS / f"{name}.svg"
     file.write_text(in_userhost("env", "MPLCONFIGDIR=/tmp", "python3", "-c", program, name, input=json.dumps(rows)))
     print(f"drawn to {file.relative_to(ROOT)}")
+
+
+class Rounds(Protocol):
+    """What the rows of a benchmark measure with."""
+
+    def close(self) -> None:
+        """Leave everything as it was."""
+
+
+Bench = TypeVar("Bench", bound=Rounds)
+
+
+def measure(
+    name: str,
+    description: str,
+    rows_of: Mapping[str, Callable[[Bench], Iterator[Measured]]],
+    make: Callable[[int], Bench],
+) -> int:
+    """Be the command of a benchmark: measure, print the table, write the file and the picture; return 0.
+
+    Args:
+        rows_of: what measures the rows, by the names that `--only` takes.
+        make: returns what they measure with, for so many rounds.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=10, help="how often each is measured (default: %(default)s)")
+    parser.add_argument("--only", nargs="*", default=[], choices=[*rows_of], metavar="NAME", help=" ".join(rows_of))
+    options = parser.parse_args()
+    facts = machine_facts()
+    rows: list[Measured] = []
+    with contextlib.closing(make(options.rounds)) as bench:
+        for of, function in rows_of.items():
+            if not options.only or of in options.only:
+                print(f"{of} …", flush=True)
+                for row in function(bench):
+                    rows.append(row)
+                    print(f"  {row.name}: {row.median:.3g} {row.unit}", flush=True)
+    show_and_keep(name, rows, facts)
+    draw(name, [asdict(row) for row in rows])
+    return 0

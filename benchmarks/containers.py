@@ -3,24 +3,20 @@
 usage: ./invoke benchmark containers, or .venv/bin/python benchmarks/containers.py [--rounds N] [--only NAME…]
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 from common import (
     MACHINE,
     Docker,
     Measured,
     docker,
-    draw,
     in_userhost,
-    machine_facts,
+    measure,
     on_machine,
     ratio,
-    show_and_keep,
     simulated_workers,
     timed,
 )
@@ -56,10 +52,10 @@ class Bench:
         """Measure several things by turns, from a clean slate; the first round is left out."""
         samples: dict[str, list[float]] = {name: [] for name in measured}
         for number in range(self.rounds + 1):
-            for name, measure in measured.items():
+            for name, take in measured.items():
                 self.clear()
                 time.sleep(PAUSE_S)
-                seconds = measure()
+                seconds = take()
                 if number:
                     samples[name].append(seconds)
         self.clear()
@@ -70,6 +66,8 @@ class Bench:
     def clear(self) -> None:
         """Leave jovyan no container."""
         in_userhost("sh", "-c", "cm stop >/dev/null && cm delete >/dev/null")
+
+    close = clear
 
 
 def _task_image(engine: Docker) -> str:
@@ -149,25 +147,5 @@ ROWS: dict[str, Callable[[Bench], Iterator[Measured]]] = {
 }
 
 
-def main() -> int:
-    """Measure, print the table, write the file and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="how often each is measured (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", default=[], choices=[*ROWS], metavar="NAME", help=" ".join(ROWS))
-    options = parser.parse_args()
-    facts = machine_facts()
-    bench = Bench(options.rounds)
-    rows: list[Measured] = []
-    for name, measure in ROWS.items():
-        if not options.only or name in options.only:
-            print(f"{name} …", flush=True)
-            for row in measure(bench):
-                rows.append(row)
-                print(f"  {row.name}: {row.median:.3g} {row.unit}", flush=True)
-    show_and_keep("containers", rows, facts)
-    draw("containers", [asdict(row) for row in rows])
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure("containers", __doc__.splitlines()[0], ROWS, Bench))

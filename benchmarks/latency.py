@@ -3,7 +3,6 @@
 usage: ./invoke benchmark latency, or .venv/bin/python benchmarks/latency.py [--rounds N] [--only NAME…]
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from common import (
@@ -23,11 +21,9 @@ from common import (
     User,
     bare_pair,
     docker,
-    draw,
-    machine_facts,
+    measure,
     on_machine,
     ratio,
-    show_and_keep,
     simulated_workers,
     timed,
 )
@@ -55,13 +51,17 @@ class Bench:
         self.engine = on_machine(self.worker)
         self.user = User()
 
+    def close(self) -> None:
+        """End the user's program."""
+        self.user.close()
+
     def by_turns(self, *, pause_s: float = PAUSE_S, **measured: Callable[[], float]) -> Samples:
         """Measure several things by turns; the first round, which loads what the others find in memory, is left out."""
         samples: Samples = {name: [] for name in measured}
         for number in range(self.rounds + 1):
-            for name, measure in measured.items():
+            for name, take in measured.items():
                 time.sleep(pause_s)
-                seconds = measure()
+                seconds = take()
                 if number:
                     samples[name].append(seconds)
         for name, seconds in samples.items():
@@ -249,28 +249,5 @@ ROWS: dict[str, Callable[[Bench], Iterator[Measured]]] = {
 }
 
 
-def main() -> int:
-    """Measure, print the table, write the file and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="how often each is measured (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", default=[], choices=[*ROWS], metavar="NAME", help=" ".join(ROWS))
-    options = parser.parse_args()
-    facts = machine_facts()
-    bench = Bench(options.rounds)
-    rows: list[Measured] = []
-    try:
-        for name, measure in ROWS.items():
-            if not options.only or name in options.only:
-                print(f"{name} …", flush=True)
-                for row in measure(bench):
-                    rows.append(row)
-                    print(f"  {row.name}: {row.median:.3g} {row.unit}", flush=True)
-    finally:
-        bench.user.close()
-    show_and_keep("latency", rows, facts)
-    draw("latency", [asdict(row) for row in rows])
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure("latency", __doc__.splitlines()[0], ROWS, Bench))
