@@ -118,6 +118,7 @@ class Containers:
         self._outcomes: dict[int, Outcome] = {}
         self._created: dict[str, str] = {}
         self._written_mb: dict[int, float] = {}
+        self._unsure = True  # whether a container may run that nobody holds
         for work in (self._sweep, self._watch_disk):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -343,6 +344,7 @@ class Containers:
                 self._engine.stop(container, grace_s=_GRACE_S)
             except EngineError as error:
                 log.warning("container %.12s cannot be stopped yet: %s", container, error)
+                self._unsure = True
             finally:
                 self._let_go(key)
 
@@ -536,18 +538,29 @@ class Containers:
     # --- what is seen to all the time ---------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """Stop what runs in no job. The steps of an earlier agent's containers get some seconds to come."""
+        """Stop what runs in no job. The steps of an earlier agent's containers get some seconds to come.
+
+        While something is measured the engine is left alone, unless a container may have been left running.
+        """
         time.sleep(_ADOPTION_S)
         while True:
-            try:
-                there = self._engine.listed(LABEL)
-                for gone in set(self._created) - {container["Id"] for container in there}:
-                    self._created.pop(gone, None)
-                for container in there:
-                    self._stop_stray(container)
-            except EngineError as error:
-                log.warning("the engine does not say which containers run: %s", error)
+            if self._unsure or self._quiet.lasted_s() is not None:
+                self._unsure = False
+                if not self._is_swept():
+                    self._unsure = True
             time.sleep(_SWEEP_S)
+
+    def _is_swept(self) -> bool:
+        try:
+            there = self._engine.listed(LABEL)
+            for gone in set(self._created) - {container["Id"] for container in there}:
+                self._created.pop(gone, None)
+            for container in there:
+                self._stop_stray(container)
+        except EngineError as error:
+            log.warning("the engine does not say which containers run, or stops none: %s", error)
+            return False
+        return True
 
     def _stop_stray(self, container: Mapping[str, Any]) -> None:
         if container["State"] != RUNNING:
@@ -561,10 +574,10 @@ class Containers:
         self._engine.stop(container["Id"], grace_s=_GRACE_S)
 
     def _watch_disk(self) -> None:
-        """Stop the containers of users who have written more than they may."""
+        """Stop the containers of users who have written more than they may; while something is measured, none runs."""
         while True:
             try:
-                if self._engine.listed(LABEL):
+                if self._quiet.lasted_s() is not None and self._engine.listed(LABEL):
                     self._measure_disk()
             except EngineError as error:
                 log.warning("the engine does not say what containers have written: %s", error)

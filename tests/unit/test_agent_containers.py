@@ -204,8 +204,13 @@ def homes(tmp_path: Path) -> Homes:
     return Homes(tmp_path)
 
 
-class Loud:
-    """In the place of what knows whether something is measured."""
+class Quiet:
+    """In the place of what knows whether something is measured: `lasts` says for how long nothing has been."""
+
+    lasts: float | None = 1.0
+
+    def lasted_s(self) -> float | None:
+        return self.lasts
 
     def lease(self, job: int, grant: Grant) -> Any:
         return threading.RLock()
@@ -225,7 +230,7 @@ def make(
             engine,  # type: ignore[arg-type]
             POLICY,
             grants=grants,  # type: ignore[arg-type]
-            quiet=Loud(),  # type: ignore[arg-type]
+            quiet=Quiet(),  # type: ignore[arg-type]
             homes=homes,  # type: ignore[arg-type]
             home_options=lambda name: {"type": "none", "o": "bind", "device": f"/srv/{name}"},
             network="cfiddle-users",
@@ -551,6 +556,39 @@ def test_container_that_runs_in_no_job_is_stopped(
     del engine.fails["listed"]
     assert engine.stopped.get(timeout=10) == container
     assert _status(engine, idle) == "created"
+
+
+def test_engine_is_left_alone_while_something_is_measured(
+    make: Callable[[], Containers], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_ADOPTION_S", 0)
+    kept = make()
+    container = _create(kept, "a")
+    wait_until(lambda: not kept._unsure, timeout_s=10, what="the sweep of the start is over")
+    monkeypatch.setattr(Quiet, "lasts", None)
+    time.sleep(0.1)
+    engine.on["listed"] = lambda: pytest.fail("it was asked")
+    engine.start(container)
+    time.sleep(0.3)
+    assert engine.stopped.empty()
+    del engine.on["listed"]
+    monkeypatch.setattr(Quiet, "lasts", 0.0)
+    assert engine.stopped.get(timeout=10) == container
+
+
+def test_container_that_could_not_be_stopped_is_looked_for_also_while_something_is_measured(
+    make: Callable[[], Containers], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_ADOPTION_S", 0)
+    kept = make()
+    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False})
+    container = step.hears()["container"]
+    monkeypatch.setattr(Quiet, "lasts", None)
+    engine.fails["stop"] = EngineError(0, "it restarts")
+    step.end()
+    assert _status(engine, container) == "running"
+    del engine.fails["stop"]
+    assert engine.stopped.get(timeout=10) == container
 
 
 def test_container_in_a_job_is_not_swept(
