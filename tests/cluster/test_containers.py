@@ -87,7 +87,8 @@ def test_containers_are_created_counted_on_and_listed(cluster: LiveCluster, cm: 
     assert {entry["NAME"]: entry["CONTAINER ID"] for entry in listed} == {
         found.name: found.id for found in cluster.containers(USER)
     }
-    created = [entry["CREATED"] for entry in listed]
+    assert [entry["NAME"] for entry in listed] == [NAME(number) for number in reversed(range(8))]
+    created = [entry["CREATED"][:19] for entry in listed]
     assert created == sorted(created, reverse=True)
     one = cluster.containers(USER)[0]
     inspected = json.loads(cluster.on_worker(one.worker, ["docker", "inspect", one.id]).ok())[0]
