@@ -1,4 +1,4 @@
-"""Attack 19: the registry is pushed to without its password and over plain HTTP, from where the network reaches it."""
+"""Attack 19: the registries are pushed to without a password and over plain HTTP, from where the network reaches them."""
 
 import http.client
 import json
@@ -39,13 +39,18 @@ print(json.dumps({
 REFUSED = 401
 
 
+Place = tuple[str, str]
+
+
 @pytest.fixture
-def place(cluster: LiveCluster) -> tuple[str, str]:
-    return cluster.config.head_addr, str(cluster.config.registry_port)
+def places(cluster: LiveCluster) -> list[Place]:
+    """Return address and port of the cluster's own registry, and of the one for what users commit."""
+    ports = (cluster.config.registry_port, cluster.config.user_registry_port)
+    return [(cluster.config.head_addr, str(port)) for port in ports]
 
 
-def test_user_cannot_push(cluster: LiveCluster, place: tuple[str, str]) -> None:
-    for command in (["python3", "-c", PUSH, *place], ["srun", "python3", "-c", PUSH, *place]):
+def test_user_cannot_push(cluster: LiveCluster, places: list[Place]) -> None:
+    for command in [[*srun, "python3", "-c", PUSH, *place] for place in places for srun in ([], ["srun"])]:
         said = json.loads(cluster.user(command, timeout_s=60).ok())
         plain = said.pop("plain")
         # Where the registry cannot even be reached, it is refused all the same.
@@ -53,7 +58,7 @@ def test_user_cannot_push(cluster: LiveCluster, place: tuple[str, str]) -> None:
         assert all(answer == REFUSED for answer in said.values() if isinstance(answer, int)), said
 
 
-def test_neighbour_on_the_network_cannot_push(cluster: LiveCluster, place: tuple[str, str]) -> None:
+def test_neighbour_on_the_network_cannot_push(cluster: LiveCluster, places: list[Place]) -> None:
     argv = [
         "run",
         "--rm",
@@ -64,27 +69,30 @@ def test_neighbour_on_the_network_cannot_push(cluster: LiveCluster, place: tuple
         "python3",
         images.reference(cluster.config, "common"),
     ]
-    said = json.loads(docker(*argv, "-", *place, input=PUSH).ok())
-    assert said.pop("plain") == 400
-    assert set(said.values()) == {REFUSED}
+    for place in places:
+        said = json.loads(docker(*argv, "-", *place, input=PUSH).ok())
+        assert said.pop("plain") == 400
+        assert set(said.values()) == {REFUSED}
 
 
-def test_registry_is_who_it_says(cluster: LiveCluster, place: tuple[str, str]) -> None:
+def test_registry_is_who_it_says(cluster: LiveCluster, places: list[Place]) -> None:
     trusting = ssl.create_default_context(cafile=str(cluster.state.path("ca.crt")))
-    connection = http.client.HTTPSConnection(place[0], int(place[1]), timeout=10, context=trusting)
-    connection.request("GET", "/v2/")
-    assert connection.getresponse().status == 401
-    stranger = http.client.HTTPSConnection(place[0], int(place[1]), timeout=10, context=ssl.create_default_context())
-    with pytest.raises(ssl.SSLCertVerificationError):
-        stranger.request("GET", "/v2/")
+    for address, port in places:
+        connection = http.client.HTTPSConnection(address, int(port), timeout=10, context=trusting)
+        connection.request("GET", "/v2/")
+        assert connection.getresponse().status == 401
+        stranger = http.client.HTTPSConnection(address, int(port), timeout=10, context=ssl.create_default_context())
+        with pytest.raises(ssl.SSLCertVerificationError):
+            stranger.request("GET", "/v2/")
 
 
-def test_engine_of_the_head_pushes_nothing_without_the_password(cluster: LiveCluster, place: tuple[str, str]) -> None:
-    target = f"{place[0]}:{place[1]}/cfiddle-sandbox:attack"
-    docker("tag", images.reference(cluster.config, "common"), target).ok()
-    try:
-        pushed = docker("--config", "/nonexistent", "push", target)
-    finally:
-        docker("image", "rm", target).ok()
-    assert pushed.exit_status != 0
-    assert "no basic auth credentials" in pushed.output
+def test_engine_of_the_head_pushes_nothing_without_the_password(cluster: LiveCluster, places: list[Place]) -> None:
+    for place in places:
+        target = f"{':'.join(place)}/cfiddle-sandbox:attack"
+        docker("tag", images.reference(cluster.config, "common"), target).ok()
+        try:
+            pushed = docker("--config", "/nonexistent", "push", target)
+        finally:
+            docker("image", "rm", target).ok()
+        assert pushed.exit_status != 0
+        assert "no basic auth credentials" in pushed.output
