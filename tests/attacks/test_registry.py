@@ -1,4 +1,4 @@
-"""Attack 19: the registries are pushed to without a password and over plain HTTP, from where the network reaches them."""
+"""Attack 19: the registries are pushed to without a password and over plain HTTP, from where they are reached."""
 
 import http.client
 import json
