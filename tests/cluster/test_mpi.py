@@ -8,7 +8,11 @@ import pytest
 
 from live import LiveCluster, invoke, job_name, wait_until
 
-HELLO = "from mpi4py import MPI; w = MPI.COMM_WORLD; print(w.rank, MPI.Get_processor_name(), w.allreduce(w.rank))"
+# In one write: mpirun passes pieces on as they come.
+HELLO = (
+    "import sys; from mpi4py import MPI; w = MPI.COMM_WORLD; "
+    r"sys.stdout.write(f'{w.rank} {MPI.Get_processor_name()} {w.allreduce(w.rank)}\n')"
+)
 USER = "test_user1"
 
 
