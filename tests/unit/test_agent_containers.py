@@ -28,6 +28,7 @@ ME, OTHER, JOB = 2001, 2002, 7
 POLICY = ContainerPolicy(
     images={"my_task_image": "sha256:1"}, per_user=3, disk_mb=10, cpus=1, memory_mb=64, processes=99
 )
+ASKED = {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False}
 GRANT = Grant(ME, "", (1, 2, 3), 2, 512)
 
 GOLDEN = (Path(__file__).parent / "golden-container.json").read_text()
@@ -251,8 +252,7 @@ def ask(kept: Containers) -> Iterator[Callable[..., Step]]:
     steps: list[Step] = []
 
     def ask(*, uid: int = ME, **fields: Any) -> Step:
-        request = {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False} | fields
-        steps.append(Step(kept, uid, request))
+        steps.append(Step(kept, uid, ASKED | fields))
         return steps[-1]
 
     yield ask
@@ -581,7 +581,7 @@ def test_container_that_could_not_be_stopped_is_looked_for_also_while_something_
 ) -> None:
     monkeypatch.setattr(containers, "_ADOPTION_S", 0)
     kept = make()
-    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False})
+    step = Step(kept, ME, ASKED)
     container = step.hears()["container"]
     monkeypatch.setattr(Quiet, "lasts", None)
     engine.fails["stop"] = EngineError(0, "it restarts")
@@ -596,7 +596,7 @@ def test_container_in_a_job_is_not_swept(
 ) -> None:
     monkeypatch.setattr(containers, "_ADOPTION_S", 0)
     kept = make()
-    step = Step(kept, ME, {"job": JOB, "user": "me", "name": "a", "image": "my_task_image", "ports": 0, "again": False})
+    step = Step(kept, ME, ASKED)
     container = step.hears()["container"]
     stray = _create(kept, "b")
     engine.start(stray)
