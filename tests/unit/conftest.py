@@ -1,6 +1,7 @@
 """What tests of several modules need."""
 
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,9 @@ from container_manager import interrupts
 def interruptible() -> Iterator[None]:
     """Have signals raise Interrupted, as they do in a command; afterwards they do what they did before."""
     before = {number: signal.getsignal(number) for number in interrupts._SIGNALS}
+    hook = sys.unraisablehook
     interrupts.raise_them()
     yield
+    sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -62,3 +63,16 @@ def test_second_signal_does_not_interrupt_what_the_first_began() -> None:
     with pytest.raises(Interrupted):
         interrupted()
     assert done == ["put in order"]
+
+
+def test_signal_that_python_drops_comes_once_more() -> None:
+    class Interrupts:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted() -> None:
+        Interrupts()
+        time.sleep(5)
+
+    with pytest.raises(Interrupted):
+        interrupted()
