@@ -257,7 +257,8 @@ def check(cluster):
 )
 def test(cluster, only="", prove=False):  # noqa: PT028
     """Run all tests, on the cluster that is up."""
-    return checks.prove(cluster.config, only.split()) if prove else checks.test(cluster.config, only.split())
+    words = shlex.split(only)
+    return checks.prove(cluster.config, words) if prove else checks.test(cluster.config, words)
 
 
 @cluster_task(help={"which": "latency, fidelity, mpi, containers, or cluster, which takes it down and up"})

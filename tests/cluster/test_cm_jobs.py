@@ -116,6 +116,7 @@ def test_what_cannot_be_ended_is_said(cluster: LiveCluster) -> None:
     cluster.user(["cmkill", str(other)], OTHER).ok()
 
 
+@pytest.mark.slow
 def test_job_over_its_time_is_ended_and_said_so(cluster: LiveCluster, directory: str) -> None:
     done = cluster.user(_in(directory, "cmrun", "--time", "1", "--wait", "sleep", "1000"), USER, timeout_s=180)
     job = int(done.stdout)

@@ -231,6 +231,7 @@ def test_container_of_a_cancelled_job_is_stopped_within_two_seconds(cluster: Liv
     cluster.wait_for_state(number, "CANCELLED")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_container_ends_with_the_time_of_its_job(cluster: LiveCluster, cm: Cm) -> None:
     cm("run", "--cmd", "true").ok()

@@ -31,6 +31,7 @@ def test_scale_up_and_down_with_jobs_running(cluster: LiveCluster) -> None:
     assert containers == {service: cluster.container(service) for service in containers}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_machine_that_is_in_another_swarm_is_refused(cluster: LiveCluster) -> None:
     count = len(cluster.workers)

@@ -98,6 +98,7 @@ def test_caller_ended_at_each_step_leaves_nothing(cluster: LiveCluster, number: 
         assert not load.errors()
 
 
+@pytest.mark.slow
 def test_userhost_killed_with_all_its_callers_leaves_nothing(cluster: LiveCluster) -> None:
     since, first = time.time(), cluster.next_job()
     before = cluster.container("userhost")

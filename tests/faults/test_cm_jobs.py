@@ -9,6 +9,7 @@ from live import LiveCluster, wait_until
 USER = "test_user1"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_job_whose_node_dies_is_tried_again_as_often_as_allowed(cluster: LiveCluster) -> None:
     program = "echo begun; sleep 1000"

@@ -90,6 +90,7 @@ def test_container_outlives_its_agent_and_is_the_next_one_s(cluster: LiveCluster
     _wait_until_stopped(cluster, running, timeout_s=3)
 
 
+@pytest.mark.slow
 def test_container_is_stopped_by_an_agent_that_was_away_too_long_for_its_job(
     cluster: LiveCluster, running: UsersContainer
 ) -> None:
@@ -163,6 +164,7 @@ def _unplugged(cluster: LiveCluster, worker: str) -> Iterator[None]:
         run(["ip", "link", "set", "dev", link, "up"]).ok()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_machine_that_is_cut_off_is_named_and_what_runs_there_is_in_a_job_or_stopped(
     cluster: LiveCluster, running: UsersContainer

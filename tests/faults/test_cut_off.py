@@ -24,7 +24,9 @@ def _unplugged(cluster: LiveCluster, worker: str) -> Iterator[None]:
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize("is_given_up", [False, True], ids=["for a moment", "until Slurm gives it up"])
+@pytest.mark.parametrize(
+    "is_given_up", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["for a moment", "until Slurm gives it up"]
+)
 def test_call_on_a_worker_that_is_cut_off_is_told_and_others_go_on(cluster: LiveCluster, is_given_up: bool) -> None:
     worker = cluster.workers[0]
     with Victim(cluster, worker) as victim, Load(cluster) as load:

@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from live import LiveCluster, wait_until
 
 CALL = """
@@ -21,6 +23,7 @@ Executor.forget(future.job_id)
 """
 
 
+@pytest.mark.slow
 def test_detached_call_whose_node_dies_is_made_again(cluster: LiveCluster) -> None:
     node = cluster.workers[0]
     caller = cluster.background(["python3", "-c", CALL], "test_user1", env={"NODE": node})

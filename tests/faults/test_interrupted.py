@@ -55,6 +55,7 @@ def _interrupt_each_step(*arguments: str) -> list[str]:
         steps.append(line.strip(" …"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_up_interrupted_at_each_step_ends_in_the_same_cluster(cluster: LiveCluster) -> None:
     _mark_homes(cluster)
@@ -65,6 +66,7 @@ def test_up_interrupted_at_each_step_ends_in_the_same_cluster(cluster: LiveClust
     _same_cluster(cluster, before, last_job)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_down_goes_on_and_up_brings_all_back(cluster: LiveCluster) -> None:
     _mark_homes(cluster)

@@ -21,6 +21,7 @@ except DelegateFunctionException as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_worker_gone_for_good_and_back(cluster: LiveCluster) -> None:
     others = cluster.workers[:-1]

@@ -30,6 +30,7 @@ def _homes_aside(cluster: LiveCluster) -> Iterator[None]:
         aside.rename(homes)
 
 
+@pytest.mark.slow
 @pytest.mark.last
 @pytest.mark.timeout(1200)
 def test_backup_purge_restore(cluster: LiveCluster, tmp_path: Path) -> None:
