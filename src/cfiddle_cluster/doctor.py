@@ -55,8 +55,6 @@ MOST_NAMES = 5
 STRAY_AFTER_S = 5.0
 """An agent removes the sandbox of a job that has ended within two seconds."""
 
-SWARM_PORTS = {2377: "tcp", 7946: "tcp and udp", 4789: "udp"}
-NFS_PORT = 2049
 RELEASES = "releases.json"
 """The file of the state that holds what images say of their Debian and Python, by the image's id."""
 
@@ -103,7 +101,7 @@ def examine(config: Config, state: State) -> list[Finding]:
             [head, *workers],
             home_root=config.home_root,
             ports=[
-                *SWARM_PORTS,
+                *swarm.PORTS,
                 *filter(None, [config.registry_port, config.user_registry_port, config.jupyter_port, config.ssh_port]),
             ],
             targets=_targets(config, is_running=is_running),
@@ -174,7 +172,7 @@ def _targets(config: Config, *, is_running: bool) -> list[str]:
     if is_running and not config.dockerhub_username and _has_registry():
         targets.append(f"{config.head_addr}:{config.registry_port}")
     if homes.is_external(config) or (config.home_storage == "nfs" and homes.EXPORTS.exists()):
-        targets.append(f"{config.home_server or config.head_addr}:{NFS_PORT}")
+        targets.append(f"{config.home_server or config.head_addr}:{homes.NFS_PORT}")
     return targets
 
 
@@ -264,7 +262,7 @@ def _cgroups(_config: Config, fact: Facts) -> Iterator[Finding]:
 
 
 def _swarm_ports(_config: Config, fact: Facts) -> Iterator[Finding]:
-    wanted = {port: kind for port, kind in SWARM_PORTS.items() if port != swarm.PORT or "head" in fact.machine.roles}
+    wanted = {port: kind for port, kind in swarm.PORTS.items() if port != swarm.PORT or "head" in fact.machine.roles}
     taken = False
     for (protocol, port), holder in sorted(fact.listeners.items(), key=lambda item: item[0][1]):
         if port in wanted and protocol in wanted[port] and holder not in ("dockerd", KERNEL):
@@ -331,7 +329,7 @@ def _nfs(config: Config, fact: Facts) -> Iterator[Finding]:
             MEND, fact.name, "its kernel cannot mount NFS, so it would have no /home", "take a kernel that has NFS"
         )
     for target, is_reached in fact.reached.items():
-        if target.endswith(f":{NFS_PORT}") and not is_reached:
+        if target.endswith(f":{homes.NFS_PORT}") and not is_reached:
             yield Finding(
                 MEND, fact.name, f"cannot reach the NFS server at {target}", "open that port, or start the server"
             )
