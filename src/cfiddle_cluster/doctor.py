@@ -20,6 +20,7 @@ import docker.errors
 from cfiddle_cluster import (
     engine,
     facts,
+    firewall,
     homes,
     images,
     machines,
@@ -108,6 +109,7 @@ def examine(config: Config, state: State) -> list[Finding]:
         )
         account = pool.submit(_registry, config, state, is_running=is_running)
         pythons = pool.submit(_pythons, config, state, is_running=is_running)
+        walled = pool.submit(_firewall, config, state, [head, *(worker for worker in workers if not worker.simulated)])
         answers = gathered.result()
         known = [answer for answer in answers if isinstance(answer, Facts)]
         for silent in answers:
@@ -123,6 +125,7 @@ def examine(config: Config, state: State) -> list[Finding]:
         findings += _load(config, known)
         findings += _strays(known)
         findings += account.result()
+        findings += walled.result()
         findings += pythons.result()
     names = [head.name, *(fact.name for fact in known)]
     return sorted(findings, key=lambda found: names.index(found.machine) if found.machine in names else len(names))
@@ -488,6 +491,21 @@ def _registry(config: Config, state: State, *, is_running: bool) -> list[Finding
     except ClusterError as error:
         return [Finding(MEND, head, error.message, error.remedy or "./invoke up starts it; ./invoke logs registry")]
     return [Finding(OK, head, f"the registry at {found.address} lets {found.username} in")]
+
+
+def _firewall(config: Config, state: State, walled: Sequence[Machine]) -> list[Finding]:
+    """Tell whether strangers are kept from the cluster's ports, if the administrator wants that."""
+    if not firewall.is_set(state):
+        what = "whoever reaches these machines reaches the swarm's, the registries' and the homes' ports"
+        mend = "./invoke firewall --set, where no firewall of your own keeps strangers out"
+        return [] if config.simulated else [Finding(NOTE, walled[0].name, what, mend)]
+    return [
+        Finding(OK, wall.machine.name, "strangers are kept from the cluster's ports")
+        if wall.state == "set"
+        else Finding(MEND, wall.machine.name, "its firewall is not as it should be", "./invoke firewall --set")
+        for wall in firewall.survey(config, state, walled)
+        if isinstance(wall, firewall.Wall)
+    ]
 
 
 def _has_registry() -> bool:

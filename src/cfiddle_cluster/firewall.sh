@@ -25,11 +25,10 @@ without_jumps() { sed -nE 's/^-A (PREROUTING|FORWARD) /-D \1 /p'; }
 
 # All at once: there is no moment without rules, and none with half of them.
 replace() { # usage: replace iptables|ip6tables RULES
-    {
-        printf '*mangle\n'
-        ours "$1" | without_jumps
-        printf '%s\nCOMMIT\n' "$2"
-    } | "$1-restore" --wait --noflush
+    local jumps
+    # Before the pipe: iptables-restore of the older tables holds their lock from its start.
+    jumps=$(ours "$1" | without_jumps)
+    printf '*mangle\n%s\n%s\nCOMMIT\n' "$jumps" "$2" | "$1-restore" --wait --noflush
 }
 
 write() { # usage: write FILE TEXT

@@ -138,8 +138,10 @@ def network(
         return ["--network", switch, "--ip", _address(number), "--ip6", _address6(number)]
 
     head = start_for_all("machine", options=[*machine_options(key.with_suffix(".pub")), *plugged(HEAD)])
-    idle = ("python3", "-c", "import signal; signal.pause()")
-    others = {number: start_for_all("common", *idle, options=plugged(number)) for number in (MEMBER, STRANGER)}
+    others = {
+        number: start_for_all("common", "python3", "-c", SERVE, "tcp:5000", options=plugged(number))
+        for number in (MEMBER, STRANGER)
+    }
     head.wait_until_healthy()
     with subprocess.Popen([docker_cli(), "save", image("common")], stdout=subprocess.PIPE) as save:
         argv = [docker_cli(), "exec", "-i", head.name, "docker", "load", "--quiet"]
@@ -229,10 +231,6 @@ def test_machine_and_its_services_reach_what_is_open_here(network: Network) -> N
 
 @pytest.mark.usefixtures("walled")
 def test_machine_and_its_containers_reach_the_world(network: Network) -> None:
-    serve = ["python3", "-c", SERVE, "tcp:5000"]
-    network.others[STRANGER].run(
-        "sh", "-c", '"$@" >/tmp/said & until grep -q ready /tmp/said; do :; done', "sh", *serve
-    )
     asking = ["python3", "-c", ASK, _address(STRANGER), "tcp:5000"]
     for container in ("machine", "services", "user"):
         assert json.loads(network.head.run("docker", "exec", container, *asking)) == ["tcp 5000"], container
