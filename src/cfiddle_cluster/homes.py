@@ -20,9 +20,9 @@ STATD_PORT = 662
 SERVER_PORTS = frozenset({111, STATD_PORT, NFS_PORT})
 """What an NFS server has open, over TCP and UDP: names of services (rpcbind), rpc.statd, and NFS itself."""
 
-# Nobody mounts the homes by version 3, for which rpc.mountd and the kernel's lock manager listen on ports of their own
+# Nobody mounts the homes by older versions, for which rpc.mountd and the lock manager listen on ports of their own
 # choice. rpc.statd does so in any case, and takes a port that it is told. (nfs.conf(5))
-_SERVER = f"[nfsd]\nvers3=n\n[statd]\nport={STATD_PORT}\n"
+_SERVER = f"[nfsd]\nvers2=n\nvers3=n\n[statd]\nport={STATD_PORT}\n"
 
 # A client that waits for its server loses nothing; `soft` would turn a pause of the network into lost writes. (nfs(5))
 _NFS_OPTIONS = "nfsvers=4.2,proto=tcp,hard,timeo=600,retrans=2,nosuid,nodev"

@@ -150,7 +150,7 @@ def test_export_is_written_and_withdrawn(tmp_path: Path, monkeypatch: pytest.Mon
     assert did == [["nfs-kernel-server"], ["exportfs", "-ra"]]
     # Somebody else's server is theirs.
     assert homes.SERVER.exists() != is_there
-    assert is_there or "vers3=n" in homes.SERVER.read_text()
+    assert is_there or "vers2=n\nvers3=n" in homes.SERVER.read_text()
     homes.purge(config)
     assert not homes.EXPORTS.exists()
     assert not homes.SERVER.exists()
