@@ -120,6 +120,7 @@ def rules(ports: Mapping[str, Sequence[int]], members: Iterable[str], *, tables:
         *(
             f"-A {PORTS} -p {protocol} {here} -m multiport --dports {','.join(map(str, numbers))} -j {MEMBERS}"
             for protocol, numbers in ports.items()
+            if numbers
         ),
         # To the services' containers leads what they publish, and nothing else, also for a neighbour who takes this
         # machine for a way there.

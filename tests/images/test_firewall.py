@@ -224,9 +224,11 @@ def test_machine_is_no_way_into_the_services_network(network: Network) -> None:
 
 @pytest.mark.usefixtures("walled")
 def test_machine_and_its_services_reach_what_is_open_here(network: Network) -> None:
-    asking = ["python3", "-c", ASK, _address(HEAD), "tcp:2377", "tcp:5001"]
-    for container in ("machine", "services"):
-        assert json.loads(network.head.run("docker", "exec", container, *asking)) == ["tcp 2377", "tcp 5001"], container
+    places = [("services", _address(HEAD)), *(("machine", at) for at in (_address(HEAD), "127.0.0.1", "::1"))]
+    for container, address in places:
+        asking = ["python3", "-c", ASK, address, "tcp:2377", "tcp:5001"]
+        answering = json.loads(network.head.run("docker", "exec", container, *asking))
+        assert answering == ["tcp 2377", "tcp 5001"], (container, address)
 
 
 @pytest.mark.usefixtures("walled")

@@ -105,6 +105,10 @@ def test_what_people_reach_is_never_closed(tmp_path: Path) -> None:
     assert found["tcp"] == [111, 662, 2049, 5001]
 
 
+def test_no_rule_names_no_port() -> None:
+    assert not [rule for rule in firewall.rules({"tcp": [], "udp": [4789]}, []) if " -p tcp " in rule]
+
+
 def test_rules_are_these() -> None:
     assert firewall.rules({"tcp": [2377], "udp": [4789, 7946]}, ["10.0.0.1", "172.31.240.0/24"]) == [
         f"-A PREROUTING -j {PORTS}",
