@@ -171,6 +171,14 @@ def tune(cluster, undo=False):
     cluster.tune(undo=undo)
 
 
+@cluster_task(
+    name="firewall", help={"set_": "let only members of the cluster connect", "unset": "take away what --set has set"}
+)
+def firewall_(cluster, set_=False, unset=False):
+    """Show who may connect to which ports of the machines; --set keeps strangers out but for SSH and JupyterLab."""
+    return cluster.firewall(set_=set_, unset=unset)
+
+
 @cluster_task(name="status", help={"json": "print it as JSON"})
 def status_(cluster, json=False):
     """Show machines, services, nodes, queue, and images that differ from what was built."""

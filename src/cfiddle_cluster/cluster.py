@@ -7,6 +7,7 @@ the machines themselves, so nothing here has to be carried from one run to the n
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from cfiddle_cluster import (
     container_images,
     distribution,
     engine,
+    firewall,
     homes,
     image_files,
     images,
@@ -191,6 +193,9 @@ class Cluster:
             machines.on_each(self._workers(), lambda machine: machine.script(script, timeout_s=timeout_s))
 
     def _ensure_swarm(self) -> None:
+        # A machine must be let in before it can join.
+        if firewall.is_set(self.state) and (silent := firewall.ensure(self.config, self.state, self._walled())):
+            raise silent[0].error
         swarm.ensure_swarm(self.config, self.state)
         swarm.ensure_joined(self.config, self.state, self._machines())
 
@@ -250,8 +255,9 @@ class Cluster:
             try:
                 larger._up(report, until="swarm")
             except ClusterError:
-                # It has not become a member, so nobody shall wait for it from now on.
+                # It has not become a member, so nobody shall wait for it from now on, or let it in.
                 _record(self.configured, self.state, self.config.worker_addrs)
+                self._let_out(report, [machines.real_worker(self.config, self.state, addr)])
                 raise
             larger._up(report)
 
@@ -302,6 +308,9 @@ class Cluster:
             else:
                 left = [other for other in self.config.worker_addrs if addr not in (other, machines.resolved(other))]
             _record(self.configured, self.state, left)
+            if not self.config.simulated:
+                smaller = replace(self, config=replace(self.config, worker_addrs=tuple(left)))
+                smaller._let_out(report, [machine] if machine and "head" not in machine.roles else [])
 
     def _reachable(self, name: str) -> Machine | None:
         """Return the worker of that name, or None if it does not answer."""
@@ -343,6 +352,42 @@ class Cluster:
                 print("nothing to put back")
             if changed and slurm.is_answering():
                 print(calibration.table(calibration.calibrate(self.state, workers, self.config.calibration_limit)))
+
+    # --- who may connect ---------------------------------------------------------------------------------------------
+
+    def firewall(self, *, set_: bool, unset: bool) -> int:
+        """Set the rules on all machines, or take them off, or neither; show what is there then.
+
+        Returns:
+            0, or 1 where a machine does not answer, or has not what the administrator wants.
+        """
+        packages.ensure_root()
+        if set_ and unset:
+            raise ClusterError("--set and --unset are opposites", "./invoke firewall shows what there is")
+        with self.state.lock("firewall"):
+            if not self.state.exists:
+                raise ClusterError("there is no cluster on this machine", "./invoke up makes one")
+            walled, failed = self._walled(), []
+            if set_:
+                failed = firewall.ensure(self.config, self.state, walled)
+            elif unset:
+                firewall.forget(self.state)
+                failed = firewall.remove(walled)
+            walls = firewall.survey(self.config, self.state, walled)
+        print(firewall.text(self.config, self.state, walls))
+        for silent in failed:
+            print(f"{silent.machine.name}: {silent.error}", file=sys.stderr)
+        return int(bool(failed) or not firewall.is_as_wanted(self.state, walls))
+
+    def _walled(self) -> list[Machine]:
+        """Return the machines that strangers could reach: simulated ones are behind the head."""
+        return [self._head, *([] if self.config.simulated else self._worker_list())]
+
+    def _let_out(self, report: Report, gone: Iterable[Machine]) -> None:
+        """Take the rules off machines that are no members, and let the members know them no longer."""
+        if firewall.is_set(self.state):
+            for silent in [*firewall.remove(gone), *firewall.ensure(self.config, self.state, self._walled())]:
+                report.note(f"{silent.machine.addr}: its firewall stays as it is, since it does not answer")
 
     # --- containers of users -----------------------------------------------------------------------------------------
 
@@ -448,6 +493,11 @@ class Cluster:
                 with report.step("Docker Engine, to remove what it holds"):
                     packages.ensure_engine(self.config, self.state)
                 self._take_down(report, purge=True)
+            if firewall.is_set(self.state):
+                # That they shall be there is not forgotten, unless purged: the next `up` sets them again.
+                with report.step("firewall"):
+                    for silent in firewall.remove(self._walled()):
+                        report.note(f"{silent.machine.addr} does not answer, and keeps its firewall")
             if purge:
                 with report.step("home directories, state"):
                     homes.purge(self.config)

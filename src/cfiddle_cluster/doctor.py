@@ -20,6 +20,7 @@ import docker.errors
 from cfiddle_cluster import (
     engine,
     facts,
+    firewall,
     homes,
     images,
     machines,
@@ -55,8 +56,6 @@ MOST_NAMES = 5
 STRAY_AFTER_S = 5.0
 """An agent removes the sandbox of a job that has ended within two seconds."""
 
-SWARM_PORTS = {2377: "tcp", 7946: "tcp and udp", 4789: "udp"}
-NFS_PORT = 2049
 RELEASES = "releases.json"
 """The file of the state that holds what images say of their Debian and Python, by the image's id."""
 
@@ -103,13 +102,14 @@ def examine(config: Config, state: State) -> list[Finding]:
             [head, *workers],
             home_root=config.home_root,
             ports=[
-                *SWARM_PORTS,
+                *swarm.PORTS,
                 *filter(None, [config.registry_port, config.user_registry_port, config.jupyter_port, config.ssh_port]),
             ],
             targets=_targets(config, is_running=is_running),
         )
         account = pool.submit(_registry, config, state, is_running=is_running)
         pythons = pool.submit(_pythons, config, state, is_running=is_running)
+        walled = pool.submit(_firewall, config, state, [head, *(worker for worker in workers if not worker.simulated)])
         answers = gathered.result()
         known = [answer for answer in answers if isinstance(answer, Facts)]
         for silent in answers:
@@ -125,6 +125,7 @@ def examine(config: Config, state: State) -> list[Finding]:
         findings += _load(config, known)
         findings += _strays(known)
         findings += account.result()
+        findings += walled.result()
         findings += pythons.result()
     names = [head.name, *(fact.name for fact in known)]
     return sorted(findings, key=lambda found: names.index(found.machine) if found.machine in names else len(names))
@@ -174,7 +175,7 @@ def _targets(config: Config, *, is_running: bool) -> list[str]:
     if is_running and not config.dockerhub_username and _has_registry():
         targets.append(f"{config.head_addr}:{config.registry_port}")
     if homes.is_external(config) or (config.home_storage == "nfs" and homes.EXPORTS.exists()):
-        targets.append(f"{config.home_server or config.head_addr}:{NFS_PORT}")
+        targets.append(f"{config.home_server or config.head_addr}:{homes.NFS_PORT}")
     return targets
 
 
@@ -264,7 +265,7 @@ def _cgroups(_config: Config, fact: Facts) -> Iterator[Finding]:
 
 
 def _swarm_ports(_config: Config, fact: Facts) -> Iterator[Finding]:
-    wanted = {port: kind for port, kind in SWARM_PORTS.items() if port != swarm.PORT or "head" in fact.machine.roles}
+    wanted = {port: kind for port, kind in swarm.PORTS.items() if port != swarm.PORT or "head" in fact.machine.roles}
     taken = False
     for (protocol, port), holder in sorted(fact.listeners.items(), key=lambda item: item[0][1]):
         if port in wanted and protocol in wanted[port] and holder not in ("dockerd", KERNEL):
@@ -331,7 +332,7 @@ def _nfs(config: Config, fact: Facts) -> Iterator[Finding]:
             MEND, fact.name, "its kernel cannot mount NFS, so it would have no /home", "take a kernel that has NFS"
         )
     for target, is_reached in fact.reached.items():
-        if target.endswith(f":{NFS_PORT}") and not is_reached:
+        if target.endswith(f":{homes.NFS_PORT}") and not is_reached:
             yield Finding(
                 MEND, fact.name, f"cannot reach the NFS server at {target}", "open that port, or start the server"
             )
@@ -490,6 +491,21 @@ def _registry(config: Config, state: State, *, is_running: bool) -> list[Finding
     except ClusterError as error:
         return [Finding(MEND, head, error.message, error.remedy or "./invoke up starts it; ./invoke logs registry")]
     return [Finding(OK, head, f"the registry at {found.address} lets {found.username} in")]
+
+
+def _firewall(config: Config, state: State, walled: Sequence[Machine]) -> list[Finding]:
+    """Tell whether strangers are kept from the cluster's ports, if the administrator wants that."""
+    if not firewall.is_set(state):
+        what = "whoever reaches these machines reaches the swarm's, the registries' and the homes' ports"
+        mend = "./invoke firewall --set, where no firewall of your own keeps strangers out"
+        return [] if config.simulated else [Finding(NOTE, walled[0].name, what, mend)]
+    return [
+        Finding(OK, wall.machine.name, "strangers are kept from the cluster's ports")
+        if wall.state == "set"
+        else Finding(MEND, wall.machine.name, "its firewall is not as it should be", "./invoke firewall --set")
+        for wall in firewall.survey(config, state, walled)
+        if isinstance(wall, firewall.Wall)
+    ]
 
 
 def _has_registry() -> bool:

@@ -9,9 +9,20 @@ from pathlib import Path
 from cfiddle_cluster.commands import run
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.packages import ensure_packages
+from cfiddle_cluster.packages import ensure_packages, is_installed
 
 EXPORTS = Path("/etc/exports.d/cfiddle-cluster.exports")
+SERVER = Path("/etc/nfs.conf.d/cfiddle-cluster.conf")
+"""Where it is said what the NFS server does that was installed for the homes."""
+
+NFS_PORT = 2049
+STATD_PORT = 662
+SERVER_PORTS = frozenset({111, STATD_PORT, NFS_PORT})
+"""What an NFS server has open, over TCP and UDP: names of services (rpcbind), rpc.statd, and NFS itself."""
+
+# Nobody mounts the homes by older versions, for which rpc.mountd and the lock manager listen on ports of their own
+# choice. rpc.statd does so in any case, and takes a port that it is told. (nfs.conf(5))
+_SERVER = f"[nfsd]\nvers2=n\nvers3=n\n[statd]\nport={STATD_PORT}\n"
 
 # A client that waits for its server loses nothing; `soft` would turn a pause of the network into lost writes. (nfs(5))
 _NFS_OPTIONS = "nfsvers=4.2,proto=tcp,hard,timeo=600,retrans=2,nosuid,nodev"
@@ -20,6 +31,11 @@ _NFS_OPTIONS = "nfsvers=4.2,proto=tcp,hard,timeo=600,retrans=2,nosuid,nodev"
 def is_external(config: Config) -> bool:
     """Whether homes are on a server that existed before the cluster and is not this machine."""
     return config.home_storage == "nfs" and config.home_server not in ("", config.head_addr)
+
+
+def are_exported(config: Config) -> bool:
+    """Whether this machine is the NFS server of the homes."""
+    return config.home_storage == "nfs" and not is_external(config)
 
 
 def volume_options(config: Config) -> dict[str, str]:
@@ -42,7 +58,7 @@ def ensure_homes(config: Config) -> None:
     if is_external(config):
         return
     ensure_root(config)
-    if config.home_storage == "nfs":
+    if are_exported(config):
         _ensure_export(config)
 
 
@@ -108,6 +124,7 @@ def purge(config: Config) -> None:
     if EXPORTS.exists():
         EXPORTS.unlink()
         run(["exportfs", "-ra"], timeout_s=30)
+    SERVER.unlink(missing_ok=True)
     if not is_external(config) and config.home_root.exists():
         shutil.rmtree(config.home_root)
         if config.home_root.parent.name == "cfiddle-cluster":
@@ -131,6 +148,10 @@ def _ensure_export(config: Config) -> None:
             "this machine's kernel cannot serve NFS (no nfsd), so real workers would have no /home",
             "set HOME_SERVER in config.sh to a server that exports HOME_ROOT, or take a head whose kernel has nfsd",
         )
+    if not is_installed("nfs-kernel-server"):
+        # Before it starts; one that was there has its own administrator and other clients.
+        SERVER.parent.mkdir(exist_ok=True)
+        SERVER.write_text(_SERVER)
     ensure_packages(["nfs-kernel-server"])
     text = exports(config)
     if not EXPORTS.exists() or EXPORTS.read_text() != text:

@@ -38,7 +38,7 @@ def ensure_packages(packages: Iterable[str]) -> None:
     Raises:
         ClusterError: there is no apt-get, or it fails.
     """
-    missing = [package for package in packages if not _is_installed(package)]
+    missing = [package for package in packages if not is_installed(package)]
     if not missing:
         return
     if not shutil.which("apt-get"):
@@ -116,7 +116,8 @@ def _start_engine(config: Config, state: State) -> None:
         ) from error
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package of Debian's or Ubuntu's is installed on this machine."""
     argv = ["dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}", package]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False)

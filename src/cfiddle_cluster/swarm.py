@@ -17,6 +17,8 @@ from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
 PORT = 2377
+PORTS = {PORT: "tcp", 7946: "tcp and udp", 4789: "udp"}
+"""What members of a swarm reach each other at; the first one managers alone."""
 BRIDGE = "docker_gwbridge"
 """The network that an engine makes when it first joins a swarm, and never takes away."""
 JOIN_TIMEOUT_S = 60

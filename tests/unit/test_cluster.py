@@ -1,7 +1,7 @@
 """The orchestration: which steps run in which order, what is remembered of the workers, what is refused untouched."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,9 @@ import pytest
 from cfiddle_cluster import cluster as cluster_module
 from cfiddle_cluster.calibration import Difference, Outcome
 from cfiddle_cluster.cluster import Cluster
+from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.facts import Silent
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.state import State
 from samples import config, machine
@@ -570,3 +572,111 @@ def test_settings_of_real_workers_are_put_back_when_they_leave(world: World) -> 
     assert "tuning.undo" not in world.verbs()
     cluster.down(purge=True)
     assert "tuning.undo" in world.verbs()
+
+
+# --- who may connect -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def walled(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Have the firewall's rules be wanted; what is done to them is noted with the machines' and members' addresses."""
+
+    def addresses(machines: Iterable[Machine]) -> str:
+        return ",".join(found.addr.removeprefix("10.0.0.") for found in machines)
+
+    def ensure(settings: Config, _state: State, machines: Iterable[Machine]) -> list[Silent]:
+        members = ",".join(addr.removeprefix("10.0.0.") for addr in settings.worker_addrs)
+        world.did.append(f"firewall.ensure {addresses(machines)} for {members}")
+        return [Silent(machine(name), ClusterError(f"{name} is silent")) for name in world.silent]
+
+    def remove(machines: Iterable[Machine]) -> list[Silent]:
+        world.did.append(f"firewall.remove {addresses(machines)}")
+        return []
+
+    monkeypatch.setattr(cluster_module.firewall, "ensure", ensure)
+    monkeypatch.setattr(cluster_module.firewall, "remove", remove)
+    monkeypatch.setattr(cluster_module.firewall, "survey", lambda *_args: [])
+    monkeypatch.setattr(cluster_module.firewall, "text", lambda *_args: "the table")
+    world.there = REAL["WORKER_ADDRS"].split()
+    (world.state.directory / "secrets").mkdir()
+    world.state.write_json(cluster_module.firewall.RECORD, {"members": {}})
+    return world
+
+
+def _firewall(world: World) -> list[str]:
+    return [line for line in world.did if line.startswith("firewall.")]
+
+
+def test_firewall_is_not_touched_unless_it_is_wanted(walled: World) -> None:
+    cluster_module.firewall.forget(walled.state)
+    walled.cluster(**REAL).up()
+    walled.cluster(**REAL).add_worker("10.0.0.4")
+    walled.cluster(**REAL).remove_worker("10.0.0.3")
+    walled.cluster(**REAL).down(purge=True)
+    assert _firewall(walled) == []
+
+
+def test_machine_is_let_in_before_it_joins(walled: World) -> None:
+    walled.cluster(**REAL).add_worker("10.0.0.4")
+    assert _firewall(walled)[0] == "firewall.ensure 1,2,3,4 for 2,3,4"
+    assert walled.did.index("firewall.ensure 1,2,3,4 for 2,3,4") < walled.verbs().index("swarm.ensure_joined")
+
+
+def test_machine_that_could_not_join_is_let_out_again(walled: World) -> None:
+    walled.failing["swarm.ensure_joined"] = ClusterError("no")
+    with pytest.raises(ClusterError, match="no"):
+        walled.cluster(**REAL).add_worker("10.0.0.4")
+    assert _firewall(walled)[1:] == ["firewall.remove 4", "firewall.ensure 1,2,3 for 2,3"]
+
+
+def test_up_ends_where_a_machine_s_firewall_cannot_be_set(walled: World) -> None:
+    walled.silent = {"c9"}
+    with pytest.raises(ClusterError, match="c9 is silent"):
+        walled.cluster(**REAL).up()
+    assert "swarm.ensure_joined" not in walled.verbs()
+
+
+def test_machine_that_leaves_is_let_out(walled: World) -> None:
+    walled.cluster(**REAL).remove_worker("10.0.0.3")
+    assert _firewall(walled) == ["firewall.remove 3", "firewall.ensure 1,2 for 2"]
+    assert walled.did.index("firewall.remove 3") > walled.verbs().index("swarm.remove_node")
+
+
+def test_machine_that_is_lost_is_let_in_no_more(walled: World, capsys: pytest.CaptureFixture[str]) -> None:
+    walled.silent = {"10.0.0.3"}
+    walled._replace("swarm", "address_of", lambda name: name)
+    walled.cluster(**REAL).remove_worker("10.0.0.3")
+    assert _firewall(walled) == ["firewall.remove ", "firewall.ensure 1,2 for 2"]
+    assert "its firewall stays as it is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("purge", [False, True])
+def test_down_takes_the_rules_off_and_keeps_what_was_wanted(walled: World, purge: bool) -> None:
+    walled.cluster(**REAL).down(purge=purge)
+    assert _firewall(walled) == ["firewall.remove 1,2,3"]
+    assert cluster_module.firewall.is_set(walled.state) != purge
+
+
+def test_simulated_machines_have_no_rules_of_their_own(walled: World) -> None:
+    walled.there = ["c1", "c2"]
+    walled.cluster().up()
+    walled.cluster().scale("1")
+    assert set(_firewall(walled)) == {"firewall.ensure 1 for "}
+
+
+def test_firewall_is_set_and_unset_and_shown(walled: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert walled.cluster(**REAL).firewall(set_=True, unset=False) == 0
+    assert walled.cluster(**REAL).firewall(set_=False, unset=True) == 0
+    assert not cluster_module.firewall.is_set(walled.state)
+    assert _firewall(walled) == ["firewall.ensure 1,2,3 for 2,3", "firewall.remove 1,2,3"]
+    assert walled.cluster(**REAL).firewall(set_=False, unset=False) == 0
+    assert len(_firewall(walled)) == 2
+    assert capsys.readouterr().out == "the table\n" * 3
+    with pytest.raises(ClusterError, match="opposites"):
+        walled.cluster(**REAL).firewall(set_=True, unset=True)
+
+
+def test_machine_that_cannot_be_set_makes_the_command_fail(walled: World, capsys: pytest.CaptureFixture[str]) -> None:
+    walled.silent = {"c9"}
+    assert walled.cluster(**REAL).firewall(set_=True, unset=False) == 1
+    assert "c9 is silent" in capsys.readouterr().err

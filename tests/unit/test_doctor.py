@@ -14,6 +14,7 @@ from cfiddle_cluster.config import Config
 from cfiddle_cluster.doctor import MEND, NOTE, OK, Finding
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.facts import Facts, Silent
+from cfiddle_cluster.firewall import Wall
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.state import State
 from samples import config, machine
@@ -75,12 +76,16 @@ class Patient:
         self.jobs: set[str] = set()
         self.working: set[str] = set()
         self.sandboxes_later: dict[str, set[str]] = {}
+        self.walls: list[Wall | Silent] = []
+        self.is_walled = True
         monkeypatch.setattr(doctor.packages, "ensure_root", lambda: None)
         monkeypatch.setattr(doctor.machines, "short_hostname", lambda: "head")
         monkeypatch.setattr(doctor.engine, "is_running", lambda: self.is_running)
         monkeypatch.setattr(doctor.facts, "gather", lambda _machines, **_wanted: self.answers)
         monkeypatch.setattr(doctor, "_ports_of_the_cluster", lambda: self.ports_of_the_cluster)
         monkeypatch.setattr(doctor, "_has_registry", lambda: False)
+        monkeypatch.setattr(doctor.firewall, "is_set", lambda _state: self.is_walled)
+        monkeypatch.setattr(doctor.firewall, "survey", lambda *_args: self.walls)
         monkeypatch.setattr(doctor, "_pythons", lambda *_args, **_kwargs: [])
         monkeypatch.setattr(doctor, "_working_nodes", lambda: self.working)
         monkeypatch.setattr(doctor, "_jobs", lambda: self.jobs)
@@ -474,6 +479,24 @@ def test_disk_must_hold_the_images_that_are_not_built_yet(patient: Patient, imag
 
 
 # --- what a person and a program read --------------------------------------------------------------------------------
+
+
+def test_ports_that_are_open_to_everybody_are_told(patient: Patient, tmp_path: Path) -> None:
+    patient.is_walled = False
+    assert patient.only(NOTE).mend.startswith("./invoke firewall --set")
+    patient.config = config(tmp_path)
+    assert not [found for found in patient.findings(NOTE) if "firewall" in found.mend]
+
+
+def test_firewall_that_differs_must_be_mended(patient: Patient) -> None:
+    wanted = {"iptables": ["-A CFIDDLE-MEMBERS -j DROP"]}
+    patient.walls = [
+        Wall(HEAD, {}, wanted, wanted, "yes"),
+        Wall(C1, {}, wanted, {"iptables": []}, "yes"),
+        Silent(C2, ClusterError("no answer")),
+    ]
+    assert Finding(OK, "head", "strangers are kept from the cluster's ports") in patient.findings(OK)
+    assert patient.only(MEND) == Finding(MEND, "c1", "its firewall is not as it should be", "./invoke firewall --set")
 
 
 def _lines(findings: Sequence[Finding]) -> list[str]:

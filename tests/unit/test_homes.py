@@ -135,17 +135,24 @@ def test_kernel_without_an_nfs_server_is_said_so(tmp_path: Path, monkeypatch: py
         homes.ensure_homes(_config(tmp_path, WORKER_ADDRS="10.0.0.2"))
 
 
-def test_export_is_written_and_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_there", [True, False], ids=["a server was there", "a server is installed"])
+def test_export_is_written_and_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
     did: list[Any] = []
     monkeypatch.setattr(homes, "kernel_has_nfs_server", lambda: True)
     monkeypatch.setattr(homes, "ensure_packages", lambda names: did.append(names))
     monkeypatch.setattr(homes, "run", lambda argv, timeout_s: did.append(argv))
     monkeypatch.setattr(homes, "EXPORTS", tmp_path / "exports.d" / "cfiddle-cluster.exports")
+    monkeypatch.setattr(homes, "SERVER", tmp_path / "nfs.conf.d" / "cfiddle-cluster.conf")
+    monkeypatch.setattr(homes, "is_installed", lambda _package: is_there)
     config = _config(tmp_path, WORKER_ADDRS="10.0.0.2")
     homes.ensure_homes(config)
     assert homes.EXPORTS.read_text() == homes.exports(config)
     assert did == [["nfs-kernel-server"], ["exportfs", "-ra"]]
+    # Somebody else's server is theirs.
+    assert homes.SERVER.exists() != is_there
+    assert is_there or "vers2=n\nvers3=n" in homes.SERVER.read_text()
     homes.purge(config)
     assert not homes.EXPORTS.exists()
+    assert not homes.SERVER.exists()
     assert did[2:] == [["exportfs", "-ra"]]
     assert not config.home_root.exists()

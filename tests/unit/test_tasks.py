@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = (
     "up doctor machines swarm label nfs build distribute deploy add-user remove-user import-users scale add-worker "
     "remove-worker machinefile test-mpi status shell url logs export-logs backup restore down test check "
-    "setup-containers free-images import-info ddocker"
+    "setup-containers free-images import-info ddocker firewall"
 ).split()
 
 
@@ -65,6 +65,7 @@ def test_options_are_those_that_people_are_told_of() -> None:
     assert {"--json"} <= _flags("doctor")
     assert {"--user", "--command"} <= _flags("shell")
     assert {"--delete-home"} <= _flags("remove-user")
+    assert {"--set", "--unset"} <= _flags("firewall")
 
 
 def _flags(task: str) -> set[str]:
