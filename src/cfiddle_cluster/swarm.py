@@ -159,7 +159,15 @@ def unlabel_worker(name: str) -> None:
     """Let no worker service run on a machine any longer."""
     for node in _named(name):
         labels = {key: value for key, value in (node["Spec"].get("Labels") or {}).items() if key != "slurm_worker"}
-        _update(node, labels)
+        # Of a member that is paused Swarm takes nothing away.
+        _update({**node, "Spec": {**node["Spec"], "Availability": "active"}}, labels)
+
+
+def set_availability(node_id: str, availability: str) -> None:
+    """Have Swarm start and replace containers on a member (`active`), or leave alone what runs there (`pause`)."""
+    node = nodes()[node_id]
+    spec = {**node["Spec"], "Availability": availability}
+    engine.client().api.update_node(node_id, node["Version"]["Index"], spec)
 
 
 def remove_node(state: State, name: str, machine: Machine | None = None) -> None:
