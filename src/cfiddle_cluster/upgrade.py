@@ -127,7 +127,7 @@ def forget(state: State) -> None:
         return
     members = swarm.nodes()
     for node_id in known["paused"]:
-        if node_id in members:
+        if node_id in members and members[node_id]["Spec"]["Availability"] == "pause":
             swarm.set_availability(node_id, "active")
     state.path(RECORD).unlink()
 
@@ -199,7 +199,7 @@ class _Rolling:
             services.wait_until_healthy(service, timeout_s=self.patience.start_s)
         except ClusterError as error:
             raise DidNotComeUp(service, [service], "", error.message) from error
-        self.say(f"{service} replaced ({time.monotonic() - began:.1f} s)")
+        self.say(f"{service} is up to date ({time.monotonic() - began:.1f} s)")
 
     def _replace_on_workers(self, names: Collection[str], put: Callable[[Collection[str]], None]) -> None:
         workers = [machine for machine in self.machines if "worker" in machine.roles]
@@ -216,12 +216,12 @@ class _Rolling:
             put(names)
         for machine in others:
             node_id = _member(machine)
-            is_ours = node_id in self.state.read_json(RECORD, None)["paused"]
-            if not is_ours and swarm.nodes()[node_id]["Spec"]["Availability"] != "active":
+            is_active = swarm.nodes()[node_id]["Spec"]["Availability"] == "active"
+            if not is_active and node_id not in self.state.read_json(RECORD, None)["paused"]:
                 self.say(f"{machine.name} is left alone: somebody else has paused or drained it in the swarm")
             elif self._stale_on(machine):
                 self._replace(machine, partial(self._renew, machine))
-            elif is_ours:
+            elif not is_active:
                 swarm.set_availability(node_id, "active")
 
     def _pause(self, machines: Iterable[Machine]) -> None:
@@ -254,7 +254,7 @@ class _Rolling:
                 readiness.wait_until_ready([machine])
             except ClusterError as error:
                 raise self._failure(machine, error) from error
-        self.say(f"{machine.name} replaced ({time.monotonic() - began:.1f} s)")
+        self.say(f"{machine.name} is up to date ({time.monotonic() - began:.1f} s)")
 
     def _wait_until_up(self, machine: Machine) -> None:
         node_id, name = _member(machine), machine.name
@@ -285,12 +285,16 @@ class _Rolling:
             # It shall take no job before it has gone back.
             raise
         except BaseException:
-            stack.resume()
+            self._resume(name)
             raise
-        stack.resume()
+        self._resume(name)
         if is_theirs and not _node(name).is_drained:
             # A node whose settings have changed comes to Slurm anew.
             slurm.drain([name], node.reason)
+
+    def _resume(self, name: str) -> None:
+        if _node(name).reason == stack.DRAIN_REASON:
+            slurm.resume([name])
 
     def _wait_until_empty(self, name: str) -> None:
         drain_s = self.patience.drain_s

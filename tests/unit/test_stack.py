@@ -135,9 +135,7 @@ def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
         ({"IMAGE_MYSQL": "new", "IMAGE_REGISTRY": "new"}, {"mysql", "user-registry"}),
     ],
 )
-def test_definition_of_a_service_changes_with_what_it_runs_from(
-    changed: dict[str, str], changes: set[str]
-) -> None:
+def test_definition_of_a_service_changes_with_what_it_runs_from(changed: dict[str, str], changes: set[str]) -> None:
     before = stack.definitions(COMPOSE, values())
     after = stack.definitions(COMPOSE, values() | changed)
     assert {name for name in SERVICES if before[definition(name)] != after[definition(name)]} == changes
