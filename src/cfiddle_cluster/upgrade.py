@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from docker.models.services import Service
+
 from cfiddle_cluster import engine, readiness, services, slurm, stack, swarm
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import STACK, Config
@@ -152,12 +154,17 @@ def _others_than(before: dict[str, Any]) -> set[str]:
 def _put_back(machines: Iterable[Machine], before: dict[str, Any], names: Collection[str]) -> None:
     """Tell Swarm that the named services shall be what they were; those that were not there go."""
     head = next(machine for machine in machines if "head" in machine.roles)
+
+    def put_back(service: Service) -> None:
+        service.reload()
+        path = f"/services/{service.id}/update?version={service.attrs['Version']['Index']}&registryAuthFrom=spec"
+        head.engine_post(path, before[str(service.id)])
+
     for service in services.services():
         if str(service.name).removeprefix(f"{STACK}_") not in names:
             continue
         if service.id in before:
-            path = f"/services/{service.id}/update?version={service.attrs['Version']['Index']}&registryAuthFrom=spec"
-            head.engine_post(path, before[service.id])
+            swarm.tell(partial(put_back, service), f"what {service.name} was before")
         else:
             service.remove()
 

@@ -92,7 +92,7 @@ def test_all_goes_back_when_a_worker_does_not_come_up(cluster: LiveCluster, newe
     before, last = _agents(cluster), cluster.workers[-1]
     _append(newer, f'CMD ["sh", "-c", "test $(hostname) != {last} && exec python3 -m agent; echo no good; exit 1"]')
     waiting = cluster.sbatch("sleep 1", "test_user1", "--begin=now+5", "-w", cluster.workers[0])
-    task = Invocation("upgrade", "--start-seconds=10", root=newer)
+    task = Invocation("upgrade", "--start-seconds=20", root=newer)
     assert task.wait_for_line(lambda line: f"{cluster.workers[0]} is up to date" in line, timeout_s=120)
     result = task.wait(timeout_s=240)
     assert result.exit_status == 1

@@ -59,7 +59,7 @@ class World:
         self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
         self._replace("upgrade", "roll_out", self._roll_out)
         self._replace("upgrade", "is_under_way", lambda _state: self.is_under_way)
-        self._replace("upgrade", "forget", lambda _state: None)
+        self._replace("upgrade", "forget", self._note("upgrade.forget"))
         self._replace("simulated", "existing", lambda: [name for name in self.there if name.startswith("c")])
         self._replace("simulated", "workers", lambda _state: [machine(name, simulated=True) for name in self.there])
         self._replace("simulated", "ensure_machines", self._ensure_machines)
@@ -487,6 +487,7 @@ def test_down_keeps_state_homes_images_and_volumes(world: World) -> None:
     world.cluster().down(purge=False)
     assert world.did == [
         "packages.ensure_root",
+        "upgrade.forget",
         "stack.remove",
         "registry.remove_registry purge=False",
         "user_containers.stop",
@@ -529,7 +530,7 @@ def test_purge_starts_an_engine_that_does_not_run_to_remove_what_it_holds(
     monkeypatch.setattr(cluster_module.engine, "is_running", lambda: False)
     world.state.path("secrets").mkdir()
     world.cluster().down(purge=True)
-    assert world.verbs()[:3] == ["packages.ensure_root", "packages.ensure_engine", "stack.remove"]
+    assert world.verbs()[:3] == ["packages.ensure_root", "packages.ensure_engine", "upgrade.forget"]
     assert "simulated.remove_all purge=True" in world.did
     assert not world.state.directory.exists()
 

@@ -87,6 +87,7 @@ class World:
                 id=name,
                 name=f"slurm-stack_{name}",
                 attrs={"Spec": spec, "Version": {"Index": 7}},
+                reload=lambda: None,
                 remove=lambda name=name: remove(name),
             )
             for name, spec in self.specs.items()
