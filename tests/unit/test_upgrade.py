@@ -37,7 +37,7 @@ class World:
         self._monkeypatch = monkeypatch
         replace: Any = monkeypatch.setattr
         replace(stack, "values_of", lambda *_: {})
-        replace(stack, "changed", lambda _values: self.changing & {s for s in self.specs if self.specs[s] != NEW})
+        replace(stack, "changed", lambda _values: {name for name in self.changing if self.specs.get(name) != NEW})
         replace(stack, "put", lambda _config, _state, _values, names: self._put(names, NEW))
         replace(stack, "stop_worker_services", lambda found: self._event(f"stop {found.name}"))
         replace(stack, "remove_unused", lambda _values: self._event("tidy"))
@@ -98,7 +98,7 @@ class World:
         return [spec["Image"] for runs, spec in found if runs != spec or (name, spec["Image"]) in self.broken]
 
     def _wait_until_healthy(self, service: str, *, timeout_s: float) -> None:
-        if (service, self.specs[service]["Image"]) in self.broken:
+        if service in self.specs and (service, self.specs[service]["Image"]) in self.broken:
             raise ClusterError(f"{service} is not healthy within {timeout_s:.0f} s")
 
     def _members(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def test_node_that_somebody_drained_stays_drained_also_when_it_comes_anew(world:
     ]
     assert world.nodes["c2"].reason == "kept for later"
 
-    world.specs["agent"] = OLD
+    world.specs["agent"] = world.running["c2", "agent"] = OLD
     world.changing = {"agent"}
 
     def come_anew() -> None:
@@ -231,7 +231,9 @@ def test_worker_that_somebody_paused_is_left_as_it_is(world: World) -> None:
     assert any("c2 is left alone" in line for line in world.said)
 
 
-@pytest.mark.parametrize("what", ["slurmctld new", "pause c2", "slurmd agent new", "empty c1", "stop c2", "active c2"])
+@pytest.mark.parametrize(
+    "what", ["slurmctld new", "pause c2", "slurmd agent new", "empty c1", "stop c2", "active c2", "userhost new"]
+)
 def test_interrupted_upgrade_goes_on_and_drains_nothing_meanwhile(world: World, what: str) -> None:
     world.be_interrupted(what)
     with pytest.raises(KeyboardInterrupt):
