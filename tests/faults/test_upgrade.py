@@ -20,9 +20,9 @@ def newer(cluster: LiveCluster, tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _upgraded_back(cluster: LiveCluster) -> Iterator[None]:
-    """Have the cluster run this checkout's images again, whatever a test left."""
+    """Have the cluster run this checkout's images again, whatever the tests left."""
     yield
     invoke("upgrade", timeout_s=240).ok()
 
