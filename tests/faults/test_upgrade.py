@@ -34,11 +34,9 @@ def _append(root: Path, line: str) -> None:
 
 def _agents(cluster: LiveCluster) -> dict[str, str]:
     """Return the image of each worker's agent."""
-    argv = ["docker", "inspect", "--format", "{{.Image}}"]
-    return {
-        worker: cluster.on_worker(worker, [*argv, cluster.container("agent", worker)]).ok().strip()
-        for worker in cluster.workers
-    }
+    of_agent = "label=com.docker.swarm.service.name=slurm-stack_agent"
+    argv = ["docker", "ps", "--no-trunc", "--filter", of_agent, "--format", "{{.Image}}"]
+    return {worker: cluster.on_worker(worker, argv).ok().strip() for worker in cluster.workers}
 
 
 def _wait_until_it_waits_for(task: Invocation, job: int) -> str | None:
