@@ -99,6 +99,17 @@ def deploy(cluster):
     cluster.up(until="stack")
 
 
+@cluster_task(
+    help={
+        "drain-minutes": "how long a worker's jobs are waited for (default: the longest time limit)",
+        "start-seconds": "how long what was replaced may take to be healthy (default: 180)",
+    }
+)
+def upgrade(cluster, drain_minutes="1440", start_seconds="180"):
+    """Roll new images out while jobs run: worker by worker, drained first; all goes back if one does not come up."""
+    cluster.upgrade(drain_minutes=drain_minutes, start_seconds=start_seconds)
+
+
 @cluster_task(help={"command": "what stands after ddocker, in quotes, as in 'ps -a'"})
 def ddocker(cluster, command):
     """Run ddocker as the administrator, who sees the containers of all users."""

@@ -6,8 +6,10 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -26,6 +28,12 @@ NOBODY = "172.31.240.99"
 """An address of the simulated machines' network that none of them has."""
 
 ROOT = Path(__file__).resolve().parent.parent
+CHECKOUT = (
+    *("tasks.py", "invoke", "config.sh", "docker-compose.yml", "policy.yaml", "install_docker.sh", "pyproject.toml"),
+    *("test_slurm.sh", "test_cfiddle.py", "distribute_images.sh", "start_cluster.sh"),
+    *("src", "conf", "images", "requirements", "notebooks"),
+)
+"""What a second checkout needs, to drive the cluster and to build its images."""
 SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "user-registry", "userhost")
 MACHINE = "cfiddle-machine-"
 SANDBOX_LABEL = "cfiddle.sandbox"
@@ -106,23 +114,42 @@ def docker(*argv: str, timeout_s: float = 60, input: str | None = None) -> Resul
     return run([docker_cli(), *argv], timeout_s=timeout_s, input=input)
 
 
+def copy_of_checkout(root: Path) -> Path:
+    """Make a second checkout there, to be changed by a test; return it."""
+    root.mkdir()
+    for name in CHECKOUT:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, symlinks=True)
+        else:
+            shutil.copy2(ROOT / name, root / name)
+    return root
+
+
+def task_of(root: Path, *arguments: str) -> list[str | Path]:
+    """Return the command that runs a task of a checkout."""
+    if root == ROOT:
+        return [ROOT / "invoke", *arguments]
+    # In this checkout's environment: the launcher would make another one for the copy each time.
+    return [sys.executable, "-m", "invoke", "--search-root", root, *arguments]
+
+
 class Invocation:
     """`./invoke …` as a process whose lines are read while it runs."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, root: Path = ROOT, env: Mapping[str, str] | None = None) -> None:
         self.arguments = arguments
         self.lines: list[str] = []
         self.ended_at = 0.0
         self._arrived: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [ROOT / "invoke", *arguments],
+            task_of(root, *arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
-            cwd=ROOT,
+            cwd=root,
             start_new_session=True,
         )
         threading.Thread(target=self._read, daemon=True).start()

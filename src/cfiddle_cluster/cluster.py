@@ -33,6 +33,7 @@ from cfiddle_cluster import (
     stack,
     swarm,
     tuning,
+    upgrade,
     user_containers,
     userhost,
     users,
@@ -42,6 +43,7 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.report import Report
 from cfiddle_cluster.state import State
+from cfiddle_cluster.upgrade import Patience
 from cfiddle_cluster.wait import wait_until
 
 STOP_TIMEOUT_S = 60.0
@@ -91,7 +93,24 @@ class Cluster:
         if not until:
             print(self._greeting())
 
-    def _up(self, report: Report, until: str = "") -> None:
+    def upgrade(self, *, drain_minutes: str, start_seconds: str) -> None:
+        """Do what `up` does, but replace the services one by one and the workers' worker by worker, while jobs run.
+
+        Args:
+            drain_minutes: how long the jobs of a worker are waited for, as it was written.
+            start_seconds: how long what was replaced may take to be healthy, as it was written.
+
+        Raises:
+            ClusterError: one of them is no number, or something did not come up, and all is as it was.
+        """
+        packages.ensure_root()
+        drain_s = 60.0 * _whole_number("--drain-minutes", drain_minutes)
+        patience = Patience(drain_s, _whole_number("--start-seconds", start_seconds))
+        with self.state.lock("upgrade"):
+            self._must_run()
+            self._up(Report(again="./invoke upgrade"), patience=patience)
+
+    def _up(self, report: Report, until: str = "", patience: Patience | None = None) -> None:
         def engine_() -> None:
             packages.ensure_commands()
             swarm.refuse_other_address(self.config)
@@ -110,6 +129,13 @@ class Cluster:
 
         def distribution_() -> None:
             references.update(distribution.distribute(self.config, self.state, self._machines(), built, report.note))
+
+        def services_() -> None:
+            if patience or upgrade.is_under_way(self.state):
+                machines = self._machines()
+                upgrade.roll_out(self.config, self.state, machines, references, patience or Patience(), report.note)
+            else:
+                stack.deploy(self.config, self.state, references)
 
         def ready() -> None:
             identities.update(readiness.wait_until_ready(self._machines()))
@@ -130,7 +156,7 @@ class Cluster:
             "registry": ("registry", registry_),
             "distribution": ("images to all machines", distribution_),
             "accounts": ("users: homes and accounts", lambda: users.ensure_accounts(self.config, self.state)),
-            "stack": ("services", lambda: stack.deploy(self.config, self.state, references)),
+            "stack": ("services", services_),
             "users": ("users: associations in Slurm", lambda: users.ensure_associations(self.state)),
             "ready": ("a job on each worker", ready),
             "calibration": ("speed of new workers", calibration_),
@@ -505,6 +531,7 @@ class Cluster:
 
     def _take_down(self, report: Report, *, purge: bool) -> None:
         with report.step("services"):
+            upgrade.forget(self.state)
             stack.remove()
             registry.remove_registry(purge=purge)
             user_containers.stop(self._head)
@@ -542,6 +569,12 @@ class Cluster:
         for addr in [machine.addr for machine in listed if machine.addr not in {found.addr for found in answering}]:
             report.note(f"{addr} does not answer; should it come back, run there: docker swarm leave --force")
         machines.on_each(answering, release)
+
+
+def _whole_number(option: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise ClusterError(f"{option} cannot be {text}", "name a whole number of at most six digits")
+    return int(text)
 
 
 def _with_workers(configured: Config, state: State) -> Config:

@@ -1,6 +1,6 @@
 """The services of the stack as they run: what is there, what is healthy, and the containers on this machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from docker.models.containers import Container
@@ -31,16 +31,20 @@ def container(service: str) -> Container | None:
     return max(running, key=lambda found: str(found.attrs["Created"]), default=None)
 
 
-def wait_until_healthy(*, timeout_s: float) -> None:
-    """Wait until every service runs, healthy, what was last deployed, on every machine that it belongs on.
+def wait_until_healthy(service: str = "", *, timeout_s: float) -> None:
+    """Wait until a service, or every one, runs, healthy, what was last deployed, on every machine that it belongs on.
 
     Raises:
         ClusterError: one does not; the message says which, and how its last tasks ended.
     """
+
+    def amiss() -> list[str]:
+        return [name for name in unhealthy() if service in ("", name.removeprefix(f"{STACK}_"))]
+
     try:
-        wait_until(lambda: not unhealthy(), timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
+        wait_until(lambda: not amiss(), timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
     except ClusterError as error:
-        lines = "\n".join(_describe(name) for name in unhealthy())
+        lines = "\n".join(_describe(name) for name in amiss())
         raise ClusterError(
             f"not all services became healthy within {timeout_s:.0f} s:\n{lines}", "./invoke logs SERVICE shows more"
         ) from error
@@ -56,6 +60,23 @@ def unhealthy() -> list[str]:
         # Swarm calls a task running when its health check has passed.
         if sum(task["Status"]["State"] == "running" and _is_current(task, service) for task in tasks) < _wanted(service)
         or any(task["ServiceID"] == service.id and not _is_current(task, service) for task in tasks)
+    ]
+
+
+def stale_on(node_id: str, names: Collection[str]) -> list[str]:
+    """Return those of the named services that do not run on a member of the swarm, healthy, what was last deployed."""
+    wanted = {"label": f"{NAMESPACE}={STACK}", "desired-state": "running", "node": node_id}
+    tasks = engine.client().api.tasks(filters=wanted)
+    return [
+        short
+        for service in services()
+        if (short := str(service.name).removeprefix(f"{STACK}_")) in names
+        and [
+            _is_current(task, service) and task["Status"]["State"] == "running"
+            for task in tasks
+            if task["ServiceID"] == service.id
+        ]
+        != [True]
     ]
 
 

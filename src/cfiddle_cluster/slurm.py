@@ -1,6 +1,6 @@
 """Slurm, asked and told through its own commands in the container of slurmctld."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cfiddle_cluster.commands import docker_cli, run
@@ -158,16 +158,32 @@ def resume(names: Iterable[str]) -> None:
         slurm(["scontrol", "update", f"nodename={','.join(drained)}", "state=resume"])
 
 
-def wait_until_empty(names: Iterable[str], *, timeout_s: float) -> None:
+def wait_until_empty(
+    names: Iterable[str], *, timeout_s: float, say: Callable[[str], None] = lambda _jobs: None
+) -> None:
     """Wait until no job runs on the nodes and no epilog either.
+
+    Args:
+        names: the nodes.
+        timeout_s: how long to wait, in seconds.
+        say: is told which jobs are waited for, at first and whenever they have become others.
 
     Raises:
         ClusterError: jobs still run after that time.
     """
     wanted = set(names)
+    said = ""
 
     def is_empty() -> bool:
-        return not any(node.state in WORKING and node.is_answering for name, node in nodes().items() if name in wanted)
+        nonlocal said
+        working = [
+            name for name, node in nodes().items() if name in wanted and node.state in WORKING and node.is_answering
+        ]
+        waited_for = ", ".join(f"{job.id} ({job.user})" for name in working for job in jobs(name))
+        if waited_for not in ("", said):
+            say(waited_for)
+            said = waited_for
+        return not working
 
     wait_until(is_empty, timeout_s=timeout_s, interval_s=0.5, what=f"the jobs on {', '.join(sorted(wanted))} to end")
 

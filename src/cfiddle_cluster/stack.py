@@ -4,10 +4,11 @@ What a service runs from is named by its content, so a service changes when, and
 """
 
 import hashlib
+import itertools
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -41,6 +42,10 @@ IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "registry"
 
 WORKER_SERVICES = ("slurmd", "agent")
 """The services that a job runs in: never replaced while one does."""
+STAGES = (("mysql",), ("slurmdbd",), ("slurmctld",), WORKER_SERVICES, ("user-registry",), ("userhost",))
+"""All services, in the order in which an upgrade replaces them: each part of Slurm understands older ones after it
+(Slurm's upgrade guide), and no other order."""
+SERVICES = tuple(itertools.chain(*STAGES))
 
 DRAIN_REASON = "cfiddle: a new version is being deployed"
 DRAIN_TIMEOUT_S = 24 * 3600.0
@@ -65,35 +70,79 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
             become healthy.
     """
+    values = values_of(config, state, references)
+    _drain_if_changing(values)
+    try:
+        put(config, state, values)
+        wait_until_healthy(timeout_s=START_TIMEOUT_S)
+    except ClusterError:
+        # One machine that does not come up is no reason for the others to stand idle.
+        if slurm.is_answering():
+            resume()
+        raise
+    resume()
+    remove_unused(values)
+
+
+def values_of(config: Config, state: State, references: Mapping[str, str]) -> dict[str, str]:
+    """Return everything that docker-compose.yml names in ${…}; its secrets and configurations are there then.
+
+    Raises:
+        ClusterError: policy.yaml is wrong, or the port is somebody else's.
+    """
     rules = _policy(config.root, references)
     _check_port("JUPYTER_PORT", config.jupyter_port, "JupyterLab")
     if config.ssh_port:
         _check_port("SSH_PORT", config.ssh_port, "SSH to the users' node")
     names = _ensure_secrets(state) | _ensure_configs(config.root, state)
-    values = _values(config, references, names, rules.containers.buffer if rules.containers else Buffer())
-    _drain_if_changing(values)
+    return _values(config, references, names, rules.containers.buffer if rules.containers else Buffer())
+
+
+def changed(values: Mapping[str, str]) -> set[str]:
+    """Return the services that do not run from what they would be deployed with, or are not there."""
+    known = {
+        str(service.name).removeprefix(f"{STACK}_"): service.attrs["Spec"]["Labels"].get(_DEFINITION)
+        for service in services()
+    }
+    wanted = {service: values[_variable("DEFINITION", service)] for service in SERVICES}
+    return {service for service, definition in wanted.items() if known.get(service) != definition}
+
+
+def put(config: Config, state: State, values: Mapping[str, str], names: Collection[str] = SERVICES) -> None:
+    """Tell Swarm what the named services shall be, and wait for nothing; the others stay as they are."""
+    stack = _compose(config)
+    stack["services"] = {name: section for name, section in stack["services"].items() if name in names}
     # The registry's account goes with the services, so that a worker which lost an image pulls it again.
     argv: list[str] = [docker_cli(), "--config", str(registry.docker_config(config, state)), "stack", "deploy"]
-    argv += ["--with-registry-auth", "--resolve-image", "never"]
-    argv += ["--compose-file", str(config.root / "docker-compose.yml")]
+    argv += ["--with-registry-auth", "--resolve-image", "never", "--compose-file", "-", STACK]
+    run(argv, timeout_s=120, env={**os.environ, **values}, input=json.dumps(stack))
+
+
+def _compose(config: Config) -> dict[str, Any]:
+    """Return the stack file, with SSH to the users' node where config.sh has a port for it."""
+    stack: dict[str, Any] = yaml.safe_load((config.root / "docker-compose.yml").read_text())
     if config.ssh_port:
-        argv += ["--compose-file", str(config.root / "conf" / "ssh-port.yml")]
-    argv.append(STACK)
-    try:
-        run(argv, timeout_s=120, env={**os.environ, **values})
-        wait_until_healthy(timeout_s=START_TIMEOUT_S)
-    except ClusterError:
-        # One machine that does not come up is no reason for the others to stand idle.
-        if slurm.is_answering():
-            _resume()
-        raise
-    _resume()
-    _remove_unused(set(names.values()))
+        more = yaml.safe_load((config.root / "conf" / "ssh-port.yml").read_text())
+        stack["services"]["userhost"]["ports"] += more["services"]["userhost"]["ports"]
+    return stack
 
 
-def _resume() -> None:
-    """Let the nodes take jobs again that this deploy drained, or one that was interrupted."""
+def resume() -> None:
+    """Let the nodes take jobs again that a deploy or an upgrade drained, also one that was interrupted."""
     slurm.resume(name for name, node in slurm.nodes().items() if node.reason == DRAIN_REASON)
+
+
+def stop_worker_services(machine: Machine) -> None:
+    """End the containers that jobs run in on one machine, and return when they have ended.
+
+    Swarm starts new ones, unless the machine is paused.
+    """
+    script = """
+    for service in "$@"; do
+        docker ps --quiet --filter "label=com.docker.swarm.service.name=$service"
+    done | xargs --no-run-if-empty docker stop
+    """
+    machine.script(script, [f"{STACK}_{service}" for service in WORKER_SERVICES], timeout_s=60)
 
 
 def remove(*, timeout_s: float = 120) -> None:
@@ -122,7 +171,7 @@ def remove(*, timeout_s: float = 120) -> None:
         remedy=f"docker ps --all --filter label={NAMESPACE}={STACK} shows the containers",
     )
     if is_manager():
-        _remove_unused(set())
+        remove_unused({})
 
 
 def remove_volumes(machine: Machine) -> None:
@@ -185,8 +234,8 @@ def _ensure_configs(root: Path, state: State) -> dict[str, str]:
     return names
 
 
-def _remove_unused(used: set[str]) -> None:
-    """Remove the stack's secrets and configurations that no service has."""
+def remove_unused(values: Mapping[str, str]) -> None:
+    """Remove the stack's secrets and configurations that are not among those values."""
     api = engine.client().api
     mine = {"label": f"cfiddle.stack={STACK}"}
     for items, remove_one in (
@@ -194,7 +243,7 @@ def _remove_unused(used: set[str]) -> None:
         (api.configs(filters=mine), api.remove_config),
     ):
         for item in items:
-            if item["Spec"]["Name"] not in used:
+            if item["Spec"]["Name"] not in values.values():
                 try:
                     remove_one(item["ID"])
                 except APIError as error:
@@ -232,8 +281,7 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "SLURMD_BUFFER_CPUS": str(buffer.cpus),
         "SLURMD_BUFFER_MEMORY_MB": str(buffer.memory_mb),
     }
-    compose = yaml.safe_load((config.root / "docker-compose.yml").read_text())
-    return values | definitions(compose, values)
+    return values | definitions(_compose(config), values)
 
 
 def _number(value: int) -> str:
@@ -241,10 +289,10 @@ def _number(value: int) -> str:
 
 
 def definitions(compose: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, str]:
-    """Return a hash of all that makes up each of the services that jobs run in, as the label that it carries."""
-    known = {**values, **{_variable("DEFINITION", service): "" for service in WORKER_SERVICES}}
+    """Return a hash of all that makes up each of the services, as the label that it carries."""
+    known = {**values, **{_variable("DEFINITION", service): "" for service in SERVICES}}
     found = {}
-    for service in WORKER_SERVICES:
+    for service in SERVICES:
         text = json.dumps(_everything_of(compose, service), sort_keys=True)
         digest = hashlib.sha256(Template(text).substitute(known).encode())
         found[_variable("DEFINITION", service)] = digest.hexdigest()[:12]
@@ -254,7 +302,7 @@ def definitions(compose: Mapping[str, Any], values: Mapping[str, str]) -> dict[s
 def _everything_of(compose: Mapping[str, Any], service: str) -> list[Any]:
     """Return a service's section of the stack file and what it refers to in others: names of content, and volumes."""
     section = compose["services"][service]
-    mounts = [mount.partition(":")[0] for mount in section["volumes"] if isinstance(mount, str)]
+    mounts = [mount.partition(":")[0] for mount in section.get("volumes", []) if isinstance(mount, str)]
     return [
         section,
         *(compose[kind][item["source"]] for kind in ("secrets", "configs") for item in section.get(kind, [])),
@@ -264,13 +312,8 @@ def _everything_of(compose: Mapping[str, Any], service: str) -> list[Any]:
 
 def _drain_if_changing(values: Mapping[str, str]) -> None:
     """Let the workers run empty if a service that jobs run in will change."""
-    there = {str(service.name).removeprefix(f"{STACK}_"): service for service in services()}
-    changing = [
-        service
-        for service in WORKER_SERVICES
-        if service in there
-        and there[service].attrs["Spec"]["Labels"].get(_DEFINITION) != values[_variable("DEFINITION", service)]
-    ]
+    there = {str(service.name).removeprefix(f"{STACK}_") for service in services()}
+    changing = [service for service in WORKER_SERVICES if service in changed(values) & there]
     if changing and running_tasks("slurmd"):
         if not slurm.is_answering():
             raise ClusterError(

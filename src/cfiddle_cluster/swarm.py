@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from docker.errors import APIError
 from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.machines import Machine, on_each, resolved
+from cfiddle_cluster.machines import EngineError, Machine, on_each, resolved
 from cfiddle_cluster.services import is_manager
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
@@ -22,6 +22,7 @@ PORTS = {PORT: "tcp", 7946: "tcp and udp", 4789: "udp"}
 BRIDGE = "docker_gwbridge"
 """The network that an engine makes when it first joins a swarm, and never takes away."""
 JOIN_TIMEOUT_S = 60
+TELL_TIMEOUT_S = 10
 MADE_BY_US = "swarm.json"
 """The file of the state that says which swarm `up` made, and so `down` may leave."""
 JOINED = "joined.json"
@@ -161,7 +162,36 @@ def unlabel_worker(name: str) -> None:
     """Let no worker service run on a machine any longer."""
     for node in _named(name):
         labels = {key: value for key, value in (node["Spec"].get("Labels") or {}).items() if key != "slurm_worker"}
-        _update(node, labels)
+        # Of a member that is paused Swarm takes nothing away.
+        _update(node, Labels=labels, Availability="active")
+
+
+def set_availability(node_id: str, availability: str) -> None:
+    """Have Swarm start and replace containers on a member (`active`), or leave alone what runs there (`pause`)."""
+    _update(nodes()[node_id], Availability=availability)
+
+
+def tell(act: Callable[[], object], what: str) -> None:
+    """Change something of the swarm's, again where Swarm has noted something else of it since it was looked at.
+
+    Args:
+        act: looks at the present version, and changes that.
+        what: what it is, for the error.
+
+    Raises:
+        ClusterError: it has not come through in time.
+    """
+
+    def is_told() -> bool:
+        try:
+            act()
+        except (APIError, EngineError) as error:
+            if "update out of sequence" in str(error):
+                return False
+            raise
+        return True
+
+    wait_until(is_told, timeout_s=TELL_TIMEOUT_S, what=f"Swarm to take {what}")
 
 
 def remove_node(state: State, name: str, machine: Machine | None = None) -> None:
@@ -200,7 +230,7 @@ def leave(state: State) -> None:
         labels = node["Spec"].get("Labels") or {}
         if labels.get("cfiddle.cluster") == CLUSTER:
             mine = ("cfiddle.cluster", "slurm_role", "slurm_head", "slurm_worker")
-            _update(node, {key: value for key, value in labels.items() if key not in mine})
+            _update(node, Labels={key: value for key, value in labels.items() if key not in mine})
 
 
 def _cluster_id() -> str:
@@ -325,9 +355,14 @@ def _set_labels(node: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
     roles = {"slurm_role", "slurm_head", "slurm_worker"}
     updated = {key: value for key, value in labels.items() if key not in roles} | dict(wanted)
     if updated != labels:
-        _update(node, updated)
+        _update(node, Labels=updated)
 
 
-def _update(node: Mapping[str, Any], labels: Mapping[str, str]) -> None:
-    spec = {**node["Spec"], "Labels": dict(labels)}
-    engine.client().api.update_node(node["ID"], node["Version"]["Index"], spec)
+def _update(node: Mapping[str, Any], **changed: Any) -> None:
+    """Change parts of a member's specification."""
+
+    def act() -> None:
+        now = nodes()[node["ID"]]
+        engine.client().api.update_node(node["ID"], now["Version"]["Index"], {**now["Spec"], **changed})
+
+    tell(act, f"a change of {node['Description'].get('Hostname', node['ID'])}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cfiddle_cluster import facts, slurm
+from cfiddle_cluster import facts, slurm, stack
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.facts import Facts
 from cfiddle_cluster.machines import Machine
@@ -203,14 +203,9 @@ def _is_drained(name: str) -> bool:
 
 def _register_again(machine: Machine) -> None:
     """Let a worker whose number of CPUs has changed bring itself as a node anew, and its agent count them again."""
-    script = """
-    for service in slurmd agent; do
-        docker ps --quiet --filter "label=com.docker.swarm.service.name=slurm-stack_$service"
-    done | xargs --no-run-if-empty docker stop
-    """
     if not slurm.is_answering() or machine.name not in slurm.nodes():
         return
-    machine.script(script, timeout_s=60)
+    stack.stop_worker_services(machine)
     slurm.delete_node(machine.name)
     wait_until(
         lambda: machine.name in slurm.nodes() and slurm.nodes()[machine.name].is_answering,

@@ -1,8 +1,6 @@
 """Wrong input gets one clear message with what to do, exit status 1, and changes nothing."""
 
-import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,30 +9,13 @@ import pytest
 from cfiddle_cluster import machines
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
-from live import NOBODY, ROOT, LiveCluster, Result, docker, run
-
-CHECKOUT = (
-    "tasks.py",
-    "invoke",
-    "config.sh",
-    "docker-compose.yml",
-    "policy.yaml",
-    "install_docker.sh",
-    "pyproject.toml",
-)
-FOLDERS = ("src", "conf", "images", "requirements", "notebooks")
-FILES_OF_IMAGES = ("test_slurm.sh", "test_cfiddle.py", "distribute_images.sh", "start_cluster.sh")
+from live import NOBODY, LiveCluster, Result, copy_of_checkout, docker, run, task_of
 
 
 @pytest.fixture
 def checkout(cluster: LiveCluster, tmp_path: Path) -> Iterator[Path]:
     """Make a second checkout, whose config.sh can be spoilt; prove that the cluster did not change meanwhile."""
-    root = tmp_path / "checkout"
-    root.mkdir()
-    for name in (*CHECKOUT, *FILES_OF_IMAGES):
-        shutil.copy2(ROOT / name, root / name)
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, root / name, symlinks=True)
+    root = copy_of_checkout(tmp_path / "checkout")
     before = _state(cluster)
     yield root
     assert _state(cluster) == before
@@ -64,8 +45,7 @@ def _set(root: Path, text: str) -> None:
 
 
 def _up(root: Path, timeout_s: float = 120) -> Result:
-    # In this checkout's environment: the launcher would make another one for the copy each time.
-    return run([sys.executable, "-m", "invoke", "--search-root", root, "up"], cwd=root, timeout_s=timeout_s)
+    return run(task_of(root, "up"), cwd=root, timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.facts import Silent
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.state import State
+from cfiddle_cluster.upgrade import Patience
 from samples import config, machine
 
 
@@ -30,6 +31,8 @@ class World:
         self.changed: list[str] = []
         self.there = ["c1", "c2"]
         self.silent: set[str] = set()
+        self.is_under_way = False
+        self.patience: list[Patience] = []
         self.state = State(tmp_path / f"state-of-{tmp_path.name}")
         self.state.directory.mkdir()
         self.settings = config(tmp_path)
@@ -56,6 +59,9 @@ class World:
         self._replace("slurm", "is_answering", lambda: True)
         self._replace("images", "build", self._note("images.build", {"machine": "m:1", "registry": "r:1"}))
         self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
+        self._replace("upgrade", "roll_out", self._roll_out)
+        self._replace("upgrade", "is_under_way", lambda _state: self.is_under_way)
+        self._replace("upgrade", "forget", self._note("upgrade.forget"))
         self._replace("simulated", "existing", lambda: [name for name in self.there if name.startswith("c")])
         self._replace("simulated", "workers", lambda _state: [machine(name, simulated=True) for name in self.there])
         self._replace("simulated", "ensure_machines", self._ensure_machines)
@@ -102,6 +108,10 @@ class World:
     def _remove_machine(self, name: str) -> None:
         self.did.append(f"simulated.remove_machine {name}")
         self.there.remove(name)
+
+    def _roll_out(self, *args: Any) -> None:
+        self.did.append("upgrade.roll_out")
+        self.patience += [arg for arg in args if isinstance(arg, Patience)]
 
     def _answering(self, machines: list[Machine]) -> list[Machine]:
         return [found for found in machines if found.name not in self.silent]
@@ -195,6 +205,26 @@ def test_failure_names_the_step_and_what_to_run_next(world: World, capsys: pytes
     world.did.clear()
     world.cluster().up()
     assert world.verbs() == UP
+
+
+def test_upgrade_is_up_with_another_way_to_replace_services(world: World) -> None:
+    world.cluster().upgrade(drain_minutes="30", start_seconds="10")
+    assert world.verbs() == ["upgrade.roll_out" if verb == "stack.deploy" else verb for verb in UP]
+    assert world.patience == [Patience(drain_s=1800, start_s=10)]
+
+
+def test_up_goes_on_with_an_upgrade_that_was_interrupted(world: World) -> None:
+    world.is_under_way = True
+    world.cluster().up()
+    assert "stack.deploy" not in world.verbs()
+    assert world.patience == [Patience()]
+
+
+@pytest.mark.parametrize(("drain", "start"), [("soon", "1"), ("1", "-1"), ("", "1"), ("1", "1e9")])
+def test_upgrade_that_shall_wait_for_no_number_is_refused_untouched(world: World, drain: str, start: str) -> None:
+    with pytest.raises(ClusterError, match="whole number"):
+        world.cluster().upgrade(drain_minutes=drain, start_seconds=start)
+    assert world.verbs() == ["packages.ensure_root"]
 
 
 def test_second_command_is_refused_before_it_does_anything(world: World) -> None:
@@ -459,6 +489,7 @@ def test_down_keeps_state_homes_images_and_volumes(world: World) -> None:
     world.cluster().down(purge=False)
     assert world.did == [
         "packages.ensure_root",
+        "upgrade.forget",
         "stack.remove",
         "registry.remove_registry purge=False",
         "user_containers.stop",
@@ -501,7 +532,7 @@ def test_purge_starts_an_engine_that_does_not_run_to_remove_what_it_holds(
     monkeypatch.setattr(cluster_module.engine, "is_running", lambda: False)
     world.state.path("secrets").mkdir()
     world.cluster().down(purge=True)
-    assert world.verbs()[:3] == ["packages.ensure_root", "packages.ensure_engine", "stack.remove"]
+    assert world.verbs()[:3] == ["packages.ensure_root", "packages.ensure_engine", "upgrade.forget"]
     assert "simulated.remove_all purge=True" in world.did
     assert not world.state.directory.exists()
 

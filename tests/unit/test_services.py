@@ -110,6 +110,31 @@ def test_error_names_the_service_how_its_tasks_ended_and_its_last_lines(swarm: S
         services.wait_until_healthy(timeout_s=0)
 
 
+def test_one_service_is_waited_for_whatever_the_others_do(swarm: Swarm) -> None:
+    swarm.task("slurmctld")
+    services.wait_until_healthy("slurmctld", timeout_s=0)
+    with pytest.raises(ClusterError, match="slurm-stack_slurmd"):
+        services.wait_until_healthy("slurmd", timeout_s=0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "stale"),
+    [
+        ([(NOW, "running")], []),
+        ([], ["slurmd"]),
+        ([(BEFORE, "running")], ["slurmd"]),
+        ([(NOW, "starting")], ["slurmd"]),
+        ([(BEFORE, "running"), (NOW, "running")], ["slurmd"]),
+    ],
+)
+def test_a_member_runs_what_was_deployed_alone_and_healthy(
+    swarm: Swarm, tasks: list[tuple[dict[str, str], str]], stale: list[str]
+) -> None:
+    for spec, state in tasks:
+        swarm.task("slurmd", spec, state)
+    assert services.stale_on("c1", ["slurmd", "agent"]) == stale
+
+
 def test_newest_running_container_of_a_service(swarm: Swarm) -> None:
     old, new = (SimpleNamespace(attrs={"Created": created}) for created in ("2026-01-01", "2026-01-02"))
     asked: list[dict[str, str]] = []

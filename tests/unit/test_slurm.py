@@ -102,9 +102,18 @@ def test_nothing_is_told_about_no_nodes(told: Told) -> None:
 def test_waits_for_jobs_and_epilogs_of_the_named_nodes_alone(told: Told) -> None:
     told.answers["sinfo"] = ["c1|draining|x\nc2|allocated|none\n", "c1|drained|x\nc2|allocated|none\n"]
     slurm.wait_until_empty(["c1"], timeout_s=5)
-    assert len(told.commands) == 2
+    assert [command.split()[0] for command in told.commands] == ["sinfo", "squeue", "sinfo"]
     with pytest.raises(ClusterError, match="c2"):
         slurm.wait_until_empty(["c2"], timeout_s=0)
+
+
+def test_jobs_that_are_waited_for_are_said_once_and_again_when_they_are_others(told: Told) -> None:
+    told.answers["sinfo"] = [*["c1|draining|x\n"] * 3, "c1|drained|x\n"]
+    line = "{}|ada|normal|RUNNING|1:00|c1\n".format
+    told.answers["squeue"] = [line(7) + line(8), line(7) + line(8), line(8)]
+    said: list[str] = []
+    slurm.wait_until_empty(["c1"], timeout_s=5, say=said.append)
+    assert said == ["7 (ada), 8 (ada)", "8 (ada)"]
 
 
 def test_a_node_that_is_not_known_is_not_deleted(told: Told) -> None:

@@ -1,6 +1,7 @@
 """The stack file, what fills it in, and when a deploy lets the workers run empty."""
 
 import itertools
+import json
 import re
 import socket
 from pathlib import Path
@@ -30,6 +31,10 @@ NAMES = {
 
 def values(buffer: Buffer | None = None, **settings: str) -> dict[str, str]:
     return stack._values(samples.config(ROOT, **settings), REFERENCES, NAMES, buffer or Buffer())
+
+
+def definition(service: str) -> str:
+    return f"DEFINITION_{service.upper().replace('-', '_')}"
 
 
 def sources(service: str) -> list[str]:
@@ -121,24 +126,19 @@ def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
 @pytest.mark.parametrize(
     ("changed", "changes"),
     [
-        ({"IMAGE_CLUSTER": "new"}, {"slurmd"}),
+        ({"IMAGE_CLUSTER": "new"}, {"slurmdbd", "slurmctld", "slurmd"}),
         ({"IMAGE_AGENT": "new"}, {"agent"}),
         ({"IMAGE_SANDBOX": "new"}, {"agent"}),
         ({"CONFIG_POLICY_YAML": "new"}, {"agent"}),
-        ({"SECRET_MUNGE_KEY": "new"}, {"slurmd"}),
-        ({"IMAGE_USER": "new", "CONFIG_SLURM_CONF": "new", "JUPYTER_PORT": "1"}, set()),
+        ({"SECRET_MUNGE_KEY": "new"}, {"slurmdbd", "slurmctld", "slurmd", "userhost"}),
+        ({"IMAGE_USER": "new", "CONFIG_SLURM_CONF": "new", "JUPYTER_PORT": "1"}, {"userhost", "slurmctld"}),
+        ({"IMAGE_MYSQL": "new", "IMAGE_REGISTRY": "new"}, {"mysql", "user-registry"}),
     ],
 )
-def test_definition_of_a_worker_s_service_changes_with_what_it_runs_from(
-    changed: dict[str, str], changes: set[str]
-) -> None:
+def test_definition_of_a_service_changes_with_what_it_runs_from(changed: dict[str, str], changes: set[str]) -> None:
     before = stack.definitions(COMPOSE, values())
     after = stack.definitions(COMPOSE, values() | changed)
-    assert {
-        name
-        for name in stack.WORKER_SERVICES
-        if before[f"DEFINITION_{name.upper()}"] != after[f"DEFINITION_{name.upper()}"]
-    } == changes
+    assert {name for name in SERVICES if before[definition(name)] != after[definition(name)]} == changes
 
 
 class Deployed:
@@ -146,7 +146,7 @@ class Deployed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, labels: dict[str, str]) -> None:
         self.events: list[str] = []
-        self.files: list[str] = []
+        self.services: dict[str, Any] = {}
         self.nodes = {
             "c1": Node("c1", "allocated", True),
             "c2": Node("c2", "drained", True, "disk is broken"),
@@ -164,7 +164,7 @@ class Deployed:
         monkeypatch.setattr(stack, "running_tasks", lambda _service: self.tasks)
         monkeypatch.setattr(stack, "_ensure_secrets", lambda _state: {})
         monkeypatch.setattr(stack, "_ensure_configs", lambda _root, _state: NAMES)
-        monkeypatch.setattr(stack, "_remove_unused", lambda _used: self.events.append("tidy"))
+        monkeypatch.setattr(stack, "remove_unused", lambda _values: self.events.append("tidy"))
         monkeypatch.setattr(stack.registry, "docker_config", lambda _config, _state: Path("/account"))
         monkeypatch.setattr(stack, "run", self.run)
         monkeypatch.setattr(stack, "wait_until_healthy", lambda **_: self.events.append("healthy"))
@@ -174,10 +174,11 @@ class Deployed:
         monkeypatch.setattr(stack.slurm, "resume", lambda names: self.events.append(f"resume {' '.join(names)}"))
         monkeypatch.setattr(stack.slurm, "wait_until_empty", lambda _names, **_: self.events.append("empty"))
 
-    def run(self, argv: list[str], **_: Any) -> str:
+    def run(self, argv: list[str], input: str, **_: Any) -> str:
         assert argv[1:3] == ["--config", "/account"]
+        assert ("--compose-file", "-") in itertools.pairwise(argv)
         self.events.append(" ".join(argv[3:5]))
-        self.files = [Path(file).name for option, file in itertools.pairwise(argv) if option == "--compose-file"]
+        self.services = json.loads(input)["services"]
         return ""
 
     def drain(self, names: list[str], reason: str) -> None:
@@ -207,12 +208,34 @@ def test_nothing_is_drained_when_nothing_of_it_changes(monkeypatch: pytest.Monke
 def test_ssh_is_published_where_config_sh_has_a_port_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     deployed = Deployed(monkeypatch, labels())
     deployed.deploy()
-    assert deployed.files == ["docker-compose.yml"]
+    assert deployed.services == SERVICES
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
     deployed.deploy(SSH_PORT=port)
-    assert deployed.files == ["docker-compose.yml", "ssh-port.yml"]
+    assert [published["target"] for published in deployed.services["userhost"]["ports"]] == [8888, 22]
+    assert values(SSH_PORT=port)["DEFINITION_USERHOST"] != values()["DEFINITION_USERHOST"]
+
+
+def test_services_that_are_not_named_are_not_told_to_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed = Deployed(monkeypatch, labels())
+    state: Any = None
+    stack.put(samples.config(ROOT), state, values(), ["slurmctld"])
+    assert deployed.services == {"slurmctld": SERVICES["slurmctld"]}
+    assert deployed.events == ["stack deploy"]
+
+
+def test_changed_are_services_with_another_definition_and_those_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Deployed(monkeypatch, {**labels(), "agent": "older"})
+    assert stack.changed(values()) == {"agent", *stack.SERVICES} - {"slurmd"}
+
+
+def test_slurm_s_parts_are_replaced_in_the_order_that_slurm_allows() -> None:
+    order = [stack.SERVICES.index(name) for name in ("slurmdbd", "slurmctld", "slurmd", "userhost")]
+    assert order == sorted(order)
+    assert set(stack.SERVICES) == set(SERVICES)
 
 
 def test_nodes_that_an_interrupted_deploy_drained_take_jobs_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,10 +310,10 @@ def test_a_secret_is_made_once_and_a_changed_one_beside_it_until_the_old_one_is_
     second = stack._ensure_secrets(state)
     assert set(first.values()) | set(second.values()) <= set(kept.there)
     kept.in_use = {first["SECRET_MUNGE_KEY"]}
-    stack._remove_unused(set(second.values()))
+    stack.remove_unused(second)
     assert first["SECRET_MUNGE_KEY"] in kept.there
     kept.in_use = set()
-    stack._remove_unused(set(second.values()))
+    stack.remove_unused(second)
     assert set(kept.there) == {*second.values(), "of-the-registry"}
 
 

@@ -433,6 +433,35 @@ def test_unlabelled_worker_keeps_what_else_it_has(engine: FakeEngine) -> None:
     swarm.unlabel_worker("nobody")
 
 
+def test_paused_worker_that_shall_go_is_swarm_s_to_clear_again(engine: FakeEngine) -> None:
+    engine.add_node("c1", "1", slurm_worker="true")
+    swarm.set_availability("1", "pause")
+    assert engine.members[0]["Spec"]["Availability"] == "pause"
+    assert engine.labels("c1") == {"slurm_worker": "true"}
+    swarm.unlabel_worker("c1")
+    assert engine.members[0]["Spec"]["Availability"] == "active"
+    assert engine.labels("c1") == {}
+
+
+def test_member_of_whom_swarm_has_noted_something_meanwhile_is_changed_all_the_same(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.add_node("c1", "1")
+    update_node, refusals = engine.update_node, ["update out of sequence"]
+
+    def update(node_id: str, version: int, spec: Any) -> None:
+        if refusals:
+            raise APIError("refused", explanation=refusals.pop())
+        update_node(node_id, version, spec)
+
+    monkeypatch.setattr(engine, "update_node", update)
+    swarm.set_availability("1", "pause")
+    assert engine.members[0]["Spec"]["Availability"] == "pause"
+    refusals.append("no such node")
+    with pytest.raises(APIError, match="no such node"):
+        swarm.set_availability("1", "active")
+
+
 def test_lost_machine_is_forgotten_without_being_asked(engine: FakeEngine, state: State) -> None:
     engine.add_node("c1", "1", "down")
     assert swarm.address_of("c1") == "addr-c1"
