@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -235,7 +236,8 @@ def _update(change: Change, undo: ExitStack) -> None:
         undo.callback(docker, "config", "rm", config)
         if place(path) in there:
             options += ["--config-rm", there[place(path)]]
-        options += ["--config-add", f"source={config},target={place(path)},mode=0444"]
+        mode = "0555" if os.access(ROOT / path, os.X_OK) else "0444"
+        options += ["--config-add", f"source={config},target={place(path)},mode={mode}"]
     if any(path.startswith("src/agent/") for path in change.patch):
         options += _UNCOMPILED
     undo.callback(_restore, name, before, tasks)

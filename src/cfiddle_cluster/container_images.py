@@ -7,7 +7,7 @@ import docker.errors
 
 from agent import policy
 from cfiddle_cluster import distribution, engine, registry
-from cfiddle_cluster.commands import docker_cli, run
+from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each
@@ -18,6 +18,8 @@ SERVICE = "user-registry"
 
 _READ_ONLY = "REGISTRY_STORAGE_MAINTENANCE_READONLY"
 _COLLECT = ["docker-registry", "garbage-collect", "--delete-untagged", "/etc/docker-registry/config.yml"]
+# What that says of a registry that nobody has pushed to.
+_NEVER_USED = "Path not found: /docker/registry/v2/repositories"
 _RESTART_TIMEOUT_S = 180
 _COLLECT_TIMEOUT_S = 3600
 
@@ -67,6 +69,10 @@ def free_space() -> str:
         if found is None:
             raise ClusterError("the registry of users' images did not come back read-only", "./invoke status")
         return run([docker_cli(), "exec", str(found.id), *_COLLECT], timeout_s=_COLLECT_TIMEOUT_S)
+    except CommandError as error:
+        if _NEVER_USED in error.output:
+            return "no image was ever committed"
+        raise
     finally:
         _update(service, "--env-rm", _READ_ONLY)
 

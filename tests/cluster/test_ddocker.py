@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from live import LiveCluster, Result, job_name, wait_until
+from live import LiveCluster, Result, docker, invoke, job_name, wait_until
 from terminal import Terminal
 
 USER, OTHER = "test_user1", "test_user2"
@@ -183,6 +183,15 @@ def test_committed_image_can_be_created_from_on_every_machine(ddocker: Ddocker, 
     assert image not in ddocker("images").ok()
     for machine in cluster.workers:
         assert image not in cluster.on_worker(machine, ["docker", "image", "ls", "--format", "{{.Repository}}"]).ok()
+
+    def stored_kib() -> int:
+        registry = cluster.container("user-registry")
+        return int(docker("exec", registry, "du", "--summarize", "/var/lib/registry").ok().split()[0])
+
+    before = stored_kib()
+    said = invoke("free-images", timeout_s=120).ok()
+    assert int(re.findall(r"(\d+) blobs and \d+ manifests eligible for deletion", said)[0]) >= 2, "a layer and what describes it"
+    assert stored_kib() < before
 
 
 def test_machine_without_a_gpu_says_so(ddocker: Ddocker, cluster: LiveCluster) -> None:
