@@ -190,7 +190,9 @@ def test_committed_image_can_be_created_from_on_every_machine(ddocker: Ddocker, 
 
     before = stored_kib()
     said = invoke("free-images", timeout_s=120).ok()
-    assert int(re.findall(r"(\d+) blobs and \d+ manifests eligible for deletion", said)[0]) >= 2, "a layer and what describes it"
+    assert int(re.findall(r"(\d+) blobs and \d+ manifests eligible for deletion", said)[0]) >= 2, (
+        "a layer and what describes it"
+    )
     assert stored_kib() < before
 
 
