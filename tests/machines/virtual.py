@@ -141,7 +141,11 @@ class VirtualMachine:
         self._disk = directory / f"{name}.qcow2"
         self._control = directory / f"{name}.qmp"
         self._console = directory / f"{name}.console"
-        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image.disk, self._disk]).ok()
+        self.renew()
+
+    def renew(self) -> None:
+        """Be another machine of that name: with a disk on which nothing has been done yet."""
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self._image.disk, self._disk]).ok()
 
     # --- power and cables --------------------------------------------------------------------------------------------
 
