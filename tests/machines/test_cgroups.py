@@ -1,4 +1,4 @@
-"""Point 4: cgroup v2. Limits are in force, what daemonises dies with its job, and attacks on the kernel fail here too."""
+"""Point 4: cgroup v2. Limits hold, what daemonises dies with its job, and attacks on the kernel fail here too."""
 
 import pytest
 
