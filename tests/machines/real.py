@@ -172,7 +172,8 @@ def make(lab: Lab) -> tuple[RealCluster, Record]:
     # The one waits for Debian's packages, the other for Python's.
     with ThreadPoolExecutor() as pool:
         engine = pool.submit(head.run, f"{CHECKOUT}/install_docker.sh", timeout_s=INSTALL_TIMEOUT_S)
-        environment = pool.submit(cluster.invoke, "--list", timeout_s=INSTALL_TIMEOUT_S)
+        its_own_python = f"PIP_NO_COMPILE=1 {CHECKOUT}/invoke --list"
+        environment = pool.submit(head.run, its_own_python, timeout_s=INSTALL_TIMEOUT_S)
     engine.result().ok()
     environment.result().ok()
     cluster.invoke("load-images /mnt/images.tar", timeout_s=LOAD_TIMEOUT_S).ok()
