@@ -280,6 +280,12 @@ def test(cluster, only="", prove=False):  # noqa: PT028
     return checks.prove(cluster.config, words) if prove else checks.test(cluster.config, words)
 
 
+@cluster_task(help={"only": "paths or options for pytest"})
+def test_machines(cluster, only=""):  # noqa: PT028
+    """Run the tests of real machines on virtual ones, which are made for it; 40 minutes where they are emulated."""
+    return checks.test_machines(cluster.config, only.split())
+
+
 @cluster_task(help={"which": "latency, fidelity, mpi, containers, or cluster, which takes it down and up"})
 def benchmark(cluster, which):
     """Measure how long things take; prints medians and writes them and a picture to benchmarks/results."""

@@ -9,7 +9,7 @@ import pytest
 
 from live import PATIENCE, SERVICES, LiveCluster, docker
 
-ORDER = ("unit", "images", "cluster", "attacks", "faults")
+ORDER = ("unit", "images", "cluster", "attacks", "faults", "machines")
 """The cheap ones first, those that break things last."""
 
 TIMEOUT_S = 300
@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let who expects tests to fail do without a look at the cluster at each."""
     parser.addoption("--no-report", action="store_true", help="do not look at the cluster when a test fails")
+    parser.addoption("--real-machines", action="store_true", help="the workers are real machines, and may be attacked")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,14 +56,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session")
-def cluster() -> LiveCluster:
+def cluster(request: pytest.FixtureRequest) -> LiveCluster:
     """Return the live cluster, idle; fail, rather than skip, when none runs."""
     listing = docker("service", "ls", "--format", "{{.Name}} {{.Replicas}}", timeout_s=30)
     missing = [name for name in SERVICES if f"slurm-stack_{name} " not in listing.stdout]
     if missing:
         pytest.fail(f"no cluster runs here ({', '.join(missing)} missing): ./invoke up", pytrace=False)
     live = LiveCluster()
-    if not live.workers:
+    if not (live.config.simulated or request.config.getoption("--real-machines")):
         pytest.fail("these tests look into simulated machines and break them; this cluster has none", pytrace=False)
     live.wait_until_idle(timeout_s=90)
     return live

@@ -19,10 +19,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from cfiddle_cluster import config
+from cfiddle_cluster import config, machines, swarm
 from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import PATIENCE
 
 NOBODY = "172.31.240.99"
 """An address of the simulated machines' network that none of them has."""
@@ -38,9 +39,6 @@ SERVICES = ("mysql", "slurmdbd", "slurmctld", "slurmd", "agent", "user-registry"
 MACHINE = "cfiddle-machine-"
 SANDBOX_LABEL = "cfiddle.sandbox"
 CONTAINER_LABEL = "cfiddle.container"
-
-PATIENCE = float(os.environ.get("CFIDDLE_TEST_PATIENCE", "1"))
-"""Every deadline is multiplied by this; what is asserted about speed is not."""
 
 Found = TypeVar("Found")
 
@@ -316,12 +314,19 @@ class LiveCluster:
 
     @property
     def workers(self) -> list[str]:
-        """Return the names of the simulated machines that run."""
+        """Return the names of the simulated machines that run, or of the real ones that answer."""
+        if not self.config.simulated:
+            members = [node for node in swarm.nodes().values() if node["Status"]["State"] == "ready"]
+            labels = {node["Description"]["Hostname"]: node["Spec"].get("Labels", {}) for node in members}
+            return sorted(name for name in labels if "slurm_worker" in labels[name])
         names = docker("ps", "--filter", f"name=^{MACHINE}", "--format", "{{.Names}}").ok().split()
         return sorted(name.removeprefix(MACHINE) for name in names)
 
     def on_worker(self, worker: str, argv: Sequence[str], *, timeout_s: float = 60) -> Result:
-        """Run a command on a worker machine, past SSH, so that it works when little else does."""
+        """Run a command on a worker machine; a simulated one past SSH, so that it works when little else does."""
+        if not self.config.simulated:
+            machine = machines.real_worker(self.config, self.state, swarm.address_of(worker))
+            return run(machine.argv(argv), timeout_s=timeout_s)
         return docker("exec", MACHINE + worker, *argv, timeout_s=timeout_s)
 
     def container(self, service: str, worker: str | None = None) -> str:

@@ -23,6 +23,8 @@ TEST_RUNS: Sequence[Sequence[str]] = (
     ("--durations=30", *(f"tests/{directory}" for directory in ("images", "cluster", "attacks", "faults"))),
 )
 """Unit tests have nothing in common, and wait half of the time; the others share a cluster."""
+MACHINES_PATIENCE = "12"
+"""What CFIDDLE_PATIENCE is if nobody says otherwise: how much longer things may take on emulated machines."""
 SOURCES = ("src", "tests", "benchmarks", "images", "tasks.py", "CM.py", "test_cfiddle.py")
 
 # What `docker stack deploy` ignores with a warning or without one, and what it rejects:
@@ -72,6 +74,14 @@ def test(config: Config, arguments: Sequence[str]) -> int:
 def _pytest(config: Config, options: Sequence[str]) -> int:
     argv = [sys.executable, "-m", "pytest", *options]
     return subprocess.run(argv, cwd=config.root, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+
+
+def test_machines(config: Config, arguments: Sequence[str]) -> int:
+    """Run pytest on virtual machines of its own, emulated where they must be; return its exit status."""
+    packages.refuse_missing_machines_test_commands()
+    os.environ.setdefault("CFIDDLE_PATIENCE", MACHINES_PATIENCE)
+    sys.stdout.flush()
+    return _pytest(config, ["--durations=30", *(arguments or ["tests/machines"])])
 
 
 def benchmark(config: Config, which: str) -> int:

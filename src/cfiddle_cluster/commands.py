@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.wait import PATIENCE
 
 LAST_LINES = 20
 
@@ -44,7 +45,7 @@ def run(
 
     Args:
         argv: the command; never a shell string, and never with a secret in it: those go through `input`.
-        timeout_s: after so many seconds it is killed.
+        timeout_s: after so many seconds it is killed; `PATIENCE` makes them longer.
         input: its standard input; none by default.
         env: its whole environment; this process's by default.
         cwd: where it runs.
@@ -52,6 +53,7 @@ def run(
     Raises:
         CommandError: it cannot be started, ends with another status than 0, or not in time.
     """
+    timeout_s *= PATIENCE
     data = input.encode() if isinstance(input, str) else input
     source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
     try:

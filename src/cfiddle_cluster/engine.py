@@ -6,6 +6,7 @@ import docker
 from docker.errors import DockerException
 
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.wait import PATIENCE
 
 SOCKET = "/var/run/docker.sock"
 TIMEOUT_S = 120
@@ -19,7 +20,7 @@ def client() -> docker.DockerClient:
         ClusterError: no engine answers.
     """
     try:
-        found = docker.DockerClient(base_url=f"unix://{SOCKET}", timeout=TIMEOUT_S)
+        found = docker.DockerClient(base_url=f"unix://{SOCKET}", timeout=TIMEOUT_S * PATIENCE)
         found.ping()
     except DockerException as error:
         raise ClusterError(

@@ -20,10 +20,12 @@ from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import PATIENCE
 
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10
+ALIVE_INTERVAL_S = 10
 CONTROL_PERSIST_S = 60
 ASK_TIMEOUT_S = 600
 """How long a person may think about a host key."""
@@ -99,6 +101,7 @@ class Machine:
         return self._engine("POST", path, body, timeout_s)
 
     def _engine(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        timeout_s *= PATIENCE
         data = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -307,8 +310,8 @@ def _ssh(state: State, user: str, addr: str, key: str) -> tuple[str, ...]:
         "StrictHostKeyChecking": "yes",
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
-        "ConnectTimeout": str(CONNECT_TIMEOUT_S),
-        "ServerAliveInterval": "10",
+        "ConnectTimeout": f"{CONNECT_TIMEOUT_S * PATIENCE:.0f}",
+        "ServerAliveInterval": f"{ALIVE_INTERVAL_S * PATIENCE:.0f}",
         "ServerAliveCountMax": "3",
         "UserKnownHostsFile": str(state.path("ssh/known_hosts")),
         "GlobalKnownHostsFile": "/dev/null",

@@ -21,6 +21,16 @@ COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebs
 TEST_COMMANDS = {"sudo": "sudo", "sshd": "openssh-server"}
 """What the tests drive besides, likewise."""
 
+MACHINES_TEST_COMMANDS = {
+    "mkfs.ext4": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+    "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "ssh": "openssh-client",
+    "vde_switch": "vde2",
+}
+"""What makes and boots virtual machines, likewise."""
+
 _SSH_UNITS = ("ssh.service", "ssh.socket")
 
 
@@ -72,6 +82,13 @@ def ensure_test_commands() -> None:
     finally:
         if is_new_server:
             run(["systemctl", "unmask", "--runtime", *_SSH_UNITS], timeout_s=60)
+
+
+def refuse_missing_machines_test_commands() -> None:
+    """Raise `ClusterError` where the tests on virtual machines lack a command: nobody gets an emulator unasked."""
+    missing = {package for command, package in MACHINES_TEST_COMMANDS.items() if not shutil.which(command, path=_PATH)}
+    if missing:
+        raise ClusterError("virtual machines cannot be made here", f"apt-get install {' '.join(sorted(missing))}")
 
 
 def ensure_engine(config: Config, state: State) -> None:

@@ -1,5 +1,6 @@
 """Wait for a state, with a deadline."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,6 +8,9 @@ from typing import TypeVar
 from cfiddle_cluster.errors import ClusterError
 
 T = TypeVar("T")
+
+PATIENCE = float(os.environ.get("CFIDDLE_PATIENCE", "1"))
+"""Every deadline is multiplied by this: for machines that are much slower than real ones, as emulated ones are."""
 
 
 def wait_until(
@@ -16,7 +20,7 @@ def wait_until(
 
     Args:
         predicate: what is asked; asked at least once, and once more when the time is up.
-        timeout_s: how long to wait, in seconds.
+        timeout_s: how long to wait, in seconds; `PATIENCE` makes them longer.
         interval_s: the pause between two calls, in seconds.
         what: what is waited for, as it stands in the error.
         remedy: what to do when it does not come.
@@ -24,6 +28,7 @@ def wait_until(
     Raises:
         ClusterError: the time is up.
     """
+    timeout_s *= PATIENCE
     deadline = time.monotonic() + timeout_s
     while True:
         late = time.monotonic() >= deadline

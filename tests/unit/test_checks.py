@@ -1,6 +1,7 @@
 """The checks of the checkout: each sees what it is there for, and this checkout passes those that need no tool."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -183,4 +184,23 @@ def test_what_the_tests_need_is_there_before_they_run(monkeypatch: pytest.Monkey
     done.clear()
     assert checks.test(config, []) == 1, "one of both runs has failed"
     run_of = {path.name for path in (Path(__file__).parents[1]).iterdir() if list(path.glob("test_*.py"))}
-    assert {Path(option).name for argv in done for option in argv if option.startswith("tests/")} == run_of
+    by_hand = {"machines"}
+    assert {Path(option).name for argv in done for option in argv if option.startswith("tests/")} == run_of - by_hand
+
+
+@pytest.mark.parametrize("asked", [None, "3"])
+def test_virtual_machines_are_waited_for_longer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str | None
+) -> None:
+    done: list[tuple[list[str], str]] = []
+
+    def run(argv: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        done.append((argv[2:], env["CFIDDLE_PATIENCE"]))
+        return subprocess.CompletedProcess(argv, 5)
+
+    monkeypatch.setattr(checks.packages, "refuse_missing_machines_test_commands", lambda: None)
+    monkeypatch.setattr(checks.subprocess, "run", run)
+    monkeypatch.setattr(os, "environ", {} if asked is None else {"CFIDDLE_PATIENCE": asked})
+    config = type("Config", (), {"root": tmp_path})
+    assert checks.test_machines(config, []) == 5
+    assert done == [(["pytest", "--durations=30", "tests/machines"], asked or checks.MACHINES_PATIENCE)]

@@ -65,6 +65,11 @@ def test_command_that_does_not_end_is_killed_in_time() -> None:
     assert caught.value.output == "so far"
 
 
+def test_command_has_more_time_where_machines_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "PATIENCE", 100.0)
+    assert run(["sh", "-c", "sleep 0.3; echo done"], timeout_s=0.1) == "done\n"
+
+
 def test_command_that_is_not_there_is_said_so() -> None:
     with pytest.raises(CommandError, match=r"no-such-command .*cannot be started: .*No such file"):
         run(["no-such-command", "x"], timeout_s=10)

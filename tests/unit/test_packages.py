@@ -243,3 +243,18 @@ def test_script_starts_an_engine_itself_where_nobody_else_does(tmp_path: Path) -
 def test_script_wants_root(tmp_path: Path) -> None:
     status, said, calls = _run_script(tmp_path, dockerd=True, systemd=True, user=1000)
     assert (status, said, calls) == (1, "error: run it as root, or with sudo\n", [])
+
+
+def test_what_virtual_machines_need_is_named_and_not_installed(bin_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _command(bin_path / "apt-get")
+    there = ("ssh", "mmdebstrap", "mkfs.ext4")
+    monkeypatch.setattr(packages.shutil, "which", lambda command, path: command if command in there else None)
+    with pytest.raises(ClusterError) as caught:
+        packages.refuse_missing_machines_test_commands()
+    assert caught.value.remedy == "apt-get install qemu-system-x86 qemu-utils vde2"
+    assert not _calls(bin_path)
+
+
+def test_nothing_is_said_where_virtual_machines_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.shutil, "which", lambda command, path: command)
+    packages.refuse_missing_machines_test_commands()

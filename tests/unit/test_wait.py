@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from cfiddle_cluster import wait
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.wait import wait_until
 
@@ -29,3 +30,9 @@ def test_predicate_is_asked_once_more_at_the_deadline() -> None:
     """A pause that passes the deadline does not hide what came true in it."""
     began = time.monotonic()
     assert wait_until(lambda: time.monotonic() - began > 0.15, timeout_s=0.1, interval_s=0.2, what="it")
+
+
+def test_who_is_patient_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait, "PATIENCE", 10.0)
+    began = time.monotonic()
+    assert wait_until(lambda: time.monotonic() - began > 0.3, timeout_s=0.1, interval_s=0.01, what="it")

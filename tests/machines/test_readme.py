@@ -1,0 +1,56 @@
+"""Point 1: README's chapter for real machines, as it is written; what it promises of the machines holds."""
+
+import pytest
+
+from machines.real import HOMES, UP_TIMEOUT_S, RealCluster, Record
+
+CALL = """
+from delegate_function import SandboxDelegate, SlurmDelegate
+class Sum:
+    def of(self, numbers):
+        return sum(numbers)
+print(SlurmDelegate(SandboxDelegate()).invoke(Sum(), "of", [5, 4, 33]))
+"""
+
+
+@pytest.mark.timeout(1200)
+def test_job_has_run_on_each_worker(cluster: RealCluster) -> None:
+    proven = cluster.slurm("sacct -X -n -P -u probe -S 2000-01-01 -o NodeList,State").split()
+    assert {f"{worker.name}|COMPLETED" for worker in cluster.workers} <= set(proven)
+
+
+def test_engine_is_installed_where_there_was_none(cluster: RealCluster) -> None:
+    for machine in (cluster.head, *cluster.workers):
+        assert machine.run("dpkg-query -W -f '${db:Status-Abbrev}' docker.io").ok().strip() == "ii"
+        assert machine.run("systemctl is-enabled docker && systemctl is-active docker").ok().split()[-1] == "active"
+
+
+def test_accounts_and_homes_of_the_machines_are_not_touched(cluster: RealCluster, record: Record) -> None:
+    for machine in (cluster.head, *cluster.workers):
+        now = machine.run("getent passwd | grep -v ^_rpc:; ls -A /home").ok()
+        assert record.before[machine.name].startswith(now)
+
+
+def test_call_in_a_sandbox_returns_its_value(cluster: RealCluster) -> None:
+    assert cluster.user(f"python3 - <<'END'\n{CALL}\nEND").ok().strip() == "42"
+
+
+@pytest.mark.timeout(UP_TIMEOUT_S)
+def test_second_up_changes_nothing(cluster: RealCluster) -> None:
+    def seen() -> str:
+        services = "docker service ls -q | xargs docker service inspect -f '{{.Spec.Name}} {{.Version.Index}}'"
+        containers = "docker ps -q --no-trunc | sort; docker node ls -q; exportfs -s"
+        there = [cluster.head.run(f"{services}; {containers}").ok()]
+        return "\n".join(there + [worker.run("docker ps -q --no-trunc | sort").ok() for worker in cluster.workers])
+
+    before = seen()
+    cluster.invoke("up", timeout_s=UP_TIMEOUT_S).ok()
+    assert seen() == before
+
+
+def test_doctor_finds_nothing_that_must_be_mended(cluster: RealCluster) -> None:
+    assert cluster.invoke("doctor").exit_status == 0
+
+
+def test_homes_are_on_the_head_for_their_owners_alone(cluster: RealCluster) -> None:
+    assert cluster.head.run(f"stat -c '%u %a' {HOMES}/jovyan").ok().split() == ["1000", "700"]
