@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from agent.engine import Engine
-from agent.policy import load
+from agent.policy import OWN_IMAGES, load
 from agent.sandboxes import Sandboxes, State
 
 
 def main():
     """Do so."""
-    profile = load(Path("/etc/cfiddle/policy.yaml"), sandbox_image=os.environ["SANDBOX_IMAGE"]).profiles["default"]
+    own = {name: os.environ.get(f"{image.upper()}_IMAGE", name) for name, image in OWN_IMAGES.items()}
+    profile = load(Path("/etc/cfiddle/policy.yaml"), images=own).profiles["default"]
     sandboxes = Sandboxes(Engine("/var/run/docker.sock"), Path("/run/cfiddle-sandboxes"), cgroups=Path("/run/cgroup"))
     never, wanted = os.eventfd(0), State(sys.argv[2])
 
