@@ -253,6 +253,10 @@ def test_what_is_set_is_seen_to_be_set(network: Network, walled: State) -> None:
 @pytest.mark.parametrize("kind", ["nft", "legacy"])
 def test_other_people_s_rules_stay_and_ours_leave_nothing(network: Network, tmp_path: Path, kind: str) -> None:
     network.use(kind)
+    # A table is there, and listed, from its first rule on.
+    for tables in ("iptables", "ip6tables"):
+        for change in ("-A", "-D"):
+            network.head.run(tables, "--wait", "-t", "mangle", change, "PREROUTING", "-j", "ACCEPT")
     network.head.run("iptables", "--wait", "-t", "mangle", "-A", "PREROUTING", "-s", "10.9.9.9", "-j", "DROP")
     before = network.rules(f"-{kind}")
     for _ in range(2):
