@@ -271,13 +271,14 @@ def check(cluster):
 @cluster_task(
     help={
         "only": "paths or options for pytest; with --prove, numbers of attacks or parts of their tests' names",
+        "quick": "without those that take minutes, most of them waiting",
         "prove": "weaken the cluster, attack by attack, and see each of tests/attacks fail",
     }
 )
-def test(cluster, only="", prove=False):  # noqa: PT028
+def test(cluster, only="", quick=False, prove=False):  # noqa: PT028
     """Run all tests, on the cluster that is up."""
     words = shlex.split(only)
-    return checks.prove(cluster.config, words) if prove else checks.test(cluster.config, words)
+    return checks.prove(cluster.config, words) if prove else checks.test(cluster.config, words, quick=quick)
 
 
 @cluster_task(help={"only": "paths or options for pytest"})

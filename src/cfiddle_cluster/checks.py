@@ -64,11 +64,12 @@ def main(config: Config) -> int:
     return failed
 
 
-def test(config: Config, arguments: Sequence[str]) -> int:
-    """Run pytest on the cluster that is up; return its exit status."""
+def test(config: Config, arguments: Sequence[str], *, quick: bool) -> int:
+    """Run pytest on the cluster that is up, if `quick` without the tests marked slow; return its exit status."""
     packages.ensure_test_commands()
     sys.stdout.flush()
-    return max(_pytest(config, options) for options in ([arguments] if arguments else TEST_RUNS))
+    marked = ["-m", "not slow"] if quick else []
+    return max(_pytest(config, [*marked, *options]) for options in ([arguments] if arguments else TEST_RUNS))
 
 
 def _pytest(config: Config, options: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,25 @@ def test_what_the_tests_need_is_there_before_they_run(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(checks.subprocess, "run", run)
     config = type("Config", (), {"root": tmp_path})
-    assert checks.test(config, ["tests/unit/test_x.py", "-k", "y"]) == 3
+    assert checks.test(config, ["tests/unit/test_x.py", "-k", "y"], quick=False) == 3
     assert done == [["packages"], ["pytest", "tests/unit/test_x.py", "-k", "y"]]
     done.clear()
-    assert checks.test(config, []) == 1, "one of both runs has failed"
-    run_of = {path.name for path in (Path(__file__).parents[1]).iterdir() if list(path.glob("test_*.py"))}
-    by_hand = {"machines"}
-    assert {Path(option).name for argv in done for option in argv if option.startswith("tests/")} == run_of - by_hand
+    assert checks.test(config, [], quick=True) == 1, "one of both runs has failed"
+    assert all(argv[1:3] == ["-m", "not slow"] for argv in done[1:])
+    assert _directories_in(option for argv in done for option in argv) == _run_without_being_named()
+
+
+def test_pytest_itself_boots_no_virtual_machines_unless_told(pytestconfig: pytest.Config) -> None:
+    assert _directories_in(pytestconfig.getini("testpaths")) == _run_without_being_named()
+
+
+def _directories_in(options: Iterable[str]) -> set[str]:
+    return {Path(option).name for option in options if option.startswith("tests/")}
+
+
+def _run_without_being_named() -> set[str]:
+    directories = Path(__file__).parents[1].iterdir()
+    return {path.name for path in directories if list(path.glob("test_*.py"))} - {"machines"}
 
 
 @pytest.mark.parametrize("asked", [None, "3"])
