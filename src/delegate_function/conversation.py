@@ -293,11 +293,13 @@ class Conversation:
             if kind == frames.HELLO and self._greet(process, frames.decode_json(content)):
                 continue
             if kind == frames.OVER:
+                process.close()
                 said = frames.decode_json(content)
                 text = f"the lease is over: {said.get('text')}"
                 raise LeaseEnded(text, where=self.where, reason=str(said.get("reason")))
             if self._exchange is None:
                 if kind == frames.ERROR:
+                    process.close()
                     raise from_wire(frames.decode_json(content))
                 continue  # it was under way when its call was cancelled
             if self._exchange.hear(kind, content):

@@ -65,6 +65,7 @@ class Relay:
         self._credit = int(spec.get("credit", frames.WINDOW))
         self._written = 0
         self._over = False
+        self._next_is_done = False
         self._end_held = False
         self._progress = b""
         self._progress_from = 0.0
@@ -131,6 +132,8 @@ class Relay:
                 except frames.ProtocolError as error:
                     self._fail(HopFailed(f"sent what does not belong there: {error}", where=self.where))
             finish_sending(self._up, self._poller)
+            if self._next_is_done:
+                self._next.close()
         finally:
             self._next.discard()
 
@@ -204,7 +207,7 @@ class Relay:
                 self._greet(frames.decode_json(content))
             self._up.send(frames.encode(kind, content))
             if kind in (frames.END, frames.ERROR):
-                self._over = True
+                self._over = self._next_is_done = True
                 return
 
     def _tell_progress(self) -> None:
@@ -582,6 +585,29 @@ class _Lease:
         return None
 
 
+def _serve_lease(up: frames.Link, terms: dict[str, Any], waiting: Received, where: str) -> bool:
+    """Serve a lease's calls; return whether the caller was there to the end."""
+    try:
+        _check_version(terms, where)
+    except DelegateFunctionException as error:
+        _refuse(up, error)
+        return True
+    return _Lease(up, terms).run(waiting)
+
+
+def _see_off(up: frames.Link) -> None:
+    """Wait until the caller, who has been sent all, has nothing more to send, and throw away what comes until then.
+
+    A slurmstepd whose task ends while the caller's bytes are on their way resets its connection to srun, and the end of
+    the call, if it is not with srun by then, is lost.
+    """
+    poller = frames.Poller()
+    deadline = time.monotonic() + _DRAIN_S
+    while not (up.closed or up.silent) and time.monotonic() < deadline:
+        if up.read_fd in poller.wait([up.read_fd], [], []):
+            up.receive()
+
+
 def serve(read_fd: int, write_fd: int) -> None:
     """Serve a call, or a lease's calls, whose frames come and go over the two descriptors."""
     up = frames.Link(read_fd, write_fd)
@@ -590,17 +616,10 @@ def serve(read_fd: int, write_fd: int) -> None:
         return
     kind, content = received[0]
     spec = frames.decode_json(content)
-    where = _greet(up, spec)
-    if kind == frames.SPEC:
-        is_wanted = _serve_call(up, spec, received[1:], where)
-    else:
-        try:
-            _check_version(spec, where)
-        except DelegateFunctionException as error:
-            _refuse(up, error)
-            return
-        is_wanted = _Lease(up, spec).run(received[1:])
-    if not is_wanted and spec.get("kind") == "slurm":
+    serve_it = _serve_call if kind == frames.SPEC else _serve_lease
+    if serve_it(up, spec, received[1:], _greet(up, spec)):
+        _see_off(up)
+    elif spec.get("kind") == "slurm":
         # Whoever started the job is gone, perhaps without a chance to take it away.
         from delegate_function import slurm
 

@@ -46,6 +46,10 @@ class Next:
         """End it, and all that hangs on it, at once."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Let it end by itself after the call did, within bounds."""
+        self.kill()
+
     def discard(self) -> None:
         """Leave nothing of it, in whatever way the call has ended."""
         self.kill()

@@ -100,7 +100,6 @@ class Process(Next):
         self._stderr.close()
 
     def close(self) -> None:
-        """Let the process end by itself after the call did, within bounds."""
         with contextlib.suppress(OSError):
             self._stdin.close()
         deadline = time.monotonic() + 5

@@ -22,8 +22,10 @@ from delegate_function import (
     SlurmDelegate,
     SubprocessDelegate,
     TestClass,
+    lease,
     slurm,
 )
+from live import wait_until
 from stand_ins import hop_program, program
 
 
@@ -55,6 +57,38 @@ def test_a_call_runs_in_the_job_and_its_number_is_known(bin_directory: Path, hop
     argv = (bin_directory / "argv").read_text().split("\n")[:-1]
     assert argv[-2:] == ["--", hop]
     assert {"--nodes=1", "--partition=shared", "--time=0:30", "--mem=100", "--cpus-per-task=2"} <= set(argv)
+
+
+def until_the_end(ended: Path) -> str:
+    """Return a script that passes the task's input on, its end late, and writes down in which order things end."""
+    return (
+        f'ended={ended}; trap "echo TERM >>$ended" TERM; while [[ $1 != -- ]]; do shift; done; shift; '
+        '{ cat; sleep 0.2; echo "no more input" >>$ended; } | { "$@"; echo "the task ended with $?" >>$ended; }'
+    )
+
+
+IN_ORDER = ["no more input", "the task ended with 0"]
+
+
+@pytest.mark.parametrize("is_relayed", [False, True])
+def test_a_task_ends_when_its_caller_has_nothing_more_to_send(
+    bin_directory: Path, hop: str, tmp_path: Path, is_relayed: bool
+) -> None:
+    ended = tmp_path / "ended"
+    program(bin_directory, "srun", until_the_end(ended))
+    delegate = SlurmDelegate(delegate_executable_path=hop)
+    (SubprocessDelegate(delegate) if is_relayed else delegate).invoke(TestClass(), "hello")
+    wait_until(lambda: ended.exists() and "the task" in ended.read_text(), timeout_s=5, what="the task has ended")
+    assert ended.read_text().splitlines() == IN_ORDER
+
+
+def test_a_lease_that_ends_by_itself_lets_its_task_end(bin_directory: Path, hop: str, tmp_path: Path) -> None:
+    ended = tmp_path / "ended"
+    program(bin_directory, "srun", until_the_end(ended))
+    with lease(SlurmDelegate(delegate_executable_path=hop), idle_s=0.2) as held:
+        held.invoke(TestClass(), "hello")
+        wait_until(lambda: held.is_over, timeout_s=5, what="the lease is over")
+    assert ended.read_text().splitlines() == IN_ORDER
 
 
 def test_settings_of_the_callers_shell_do_not_reach_srun(
