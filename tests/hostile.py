@@ -35,6 +35,21 @@ def _invoke(text: str, through_slurm: bool, seconds: float, memory_mb: int = MEM
     return f"{delegate}.invoke(Call(), 'run', {text!r})"
 
 
+GOES_ON = """
+import os, socket
+for fd in range(3, 64):
+    try:
+        found = socket.socket(fileno=os.dup(fd))
+        if found.type == socket.SOCK_SEQPACKET:
+            found.send(b"e")
+    except OSError:
+        pass
+while True:
+    pass
+"""
+"""Says over every connection that it finds that the call has returned, and goes on."""
+
+
 @dataclass(frozen=True)
 class Abuse:
     """Something that runs into a limit.

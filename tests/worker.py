@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ class Worker:
         """Return the containers that the agent holds in one of these states; without any, in all."""
         lines = self.agent.run("python3", "-m", "agent", "--list").splitlines()
         return [fields[0] for fields in map(str.split, lines) if not states or fields[1] in states]
+
+    def events(self, since: float) -> list[dict[str, Any]]:
+        """Return what the engine says of sandboxes since a time of day."""
+        period = ["--since", f"{since:.3f}", "--until", f"{time.time():.3f}"]
+        kind = ["--filter", "type=container", "--filter", "label=cfiddle.sandbox"]
+        argv = [docker_cli(), "events", *period, *kind, "--format", "{{json .}}"]
+        return [json.loads(line) for line in run(argv, timeout_s=30).splitlines()]
 
     def one_that_serves(self) -> dict[str, Any]:
         """Wait for a call to be served, and return what the engine says of its container."""

@@ -12,7 +12,7 @@ import pytest
 
 from cfiddle_cluster.commands import docker_cli, run
 from containers import Start
-from hostile import ABUSES, ESCAPE, VIEW, check_view, program
+from hostile import ABUSES, ESCAPE, GOES_ON, VIEW, check_view, program
 from live import wait_until
 from worker import OTHER, RAW, USER, Worker, start_worker
 
@@ -45,21 +45,6 @@ def _nothing_is_left(worker: Worker) -> Iterator[None]:
     assert worker.agent.run("sh", "-c", "ls /run/cfiddle-sandboxes") == ""
 
 
-def _events(since: float) -> list[dict[str, Any]]:
-    argv = [
-        docker_cli(),
-        "events",
-        "--since",
-        f"{since:.3f}",
-        "--until",
-        f"{time.time():.3f}",
-        "--format",
-        "{{json .}}",
-    ]
-    lines = run([*argv, "--filter", "type=container", "--filter", "label=cfiddle.sandbox"], timeout_s=30).splitlines()
-    return [json.loads(line) for line in lines]
-
-
 # What a call is given back
 
 
@@ -75,7 +60,7 @@ def test_each_call_has_a_container_of_its_own(worker: Worker) -> None:
     worker.python("for number in range(3): assert call('result = arguments[0]', number) == number")
     worker.revoke(7)
     worker.wait_until_none_is_left()
-    events = _events(began)
+    events = worker.events(began)
     started = [event["id"] for event in events if event["Action"] == "start"]
     assert len(started) == len(set(started)) == 3
     for container in started:
@@ -390,22 +375,10 @@ if os.fork() == 0:
 
 
 def test_a_call_that_says_it_has_returned_and_goes_on_is_ended_at_once(worker: Worker) -> None:
-    forge = """
-import os, socket
-for fd in range(3, 64):
-    try:
-        found = socket.socket(fileno=os.dup(fd))
-        if found.type == socket.SOCK_SEQPACKET:
-            found.send(b"e")
-    except OSError:
-        pass
-while True:
-    pass
-"""
     program = f"""
 began = time.monotonic()
 try:
-    call({forge!r})
+    call({GOES_ON!r})
 except ProcessDied as error:
     print("without a result" in str(error), time.monotonic() - began < 5)
 """

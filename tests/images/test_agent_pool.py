@@ -1,6 +1,7 @@
 """The agent's pool with a real engine: sandboxes that wait for calls, made while nothing is measured on the machine."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from cfiddle_cluster.commands import docker_cli, run
 from containers import Start
+from hostile import GOES_ON
 from live import wait_until
 from worker import OTHER, USER, Worker, start_worker
 
@@ -99,6 +101,20 @@ def test_each_call_gets_one_that_waited_and_never_the_same(worker: Worker) -> No
     assert cold not in ready, "an empty pool means a new one"
     worker.revoke(7)
     assert not set(wait_until_full(worker)) & {*used, cold}
+
+
+def test_no_call_begins_beside_one_that_says_it_has_returned_and_goes_on(worker: Worker) -> None:
+    worker.grant(7, f"{USER}\n")
+    program = f"""
+try:
+    call({GOES_ON!r})
+except DelegateFunctionException:
+    print(call("import time; result = time.time()"))
+"""
+    began = time.time()
+    next_began = float(worker.python(program))
+    [killed] = [event["timeNano"] / 1e9 for event in worker.events(began) if event["Action"] == "kill"]
+    assert next_began > killed
 
 
 def test_what_is_imported_is_there_before_the_call(worker: Worker) -> None:
