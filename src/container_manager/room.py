@@ -67,7 +67,7 @@ def submit(launch: Launch) -> int:
     """
     argv = ["sbatch", "--parsable", "--partition", PARTITION, "--job-name", launch.name]
     argv += ["--cpus-per-task", str(launch.cpus), "--mem", f"{launch.memory_mb}M", "--no-requeue"]
-    argv += ["--export", "NIL", "--chdir", "/", "--output", "/dev/null", "--oversubscribe"]
+    argv += ["--export", "NIL", "--chdir", "/", "--output", "/dev/null"]
     if launch.machine:
         argv += ["--nodelist", launch.machine]
     gres = [f"{_CPUS}:{launch.cpus}"] if launch.counts_cpus else []

@@ -298,8 +298,8 @@ def test_start_that_is_interrupted_leaves_the_container_stopped(cluster: LiveClu
 
 def test_container_waits_for_room_says_so_and_can_be_given_up(cluster: LiveCluster) -> None:
     holders = [
-        cluster.sbatch("sleep 300", "test_user2", "-p", "shared", "-n1", "--mem=0", "-w", worker)
-        for worker in cluster.workers
+        cluster.sbatch("sleep 300", user, "-p", "shared", "-n1", "--mem=0", "-w", worker)
+        for worker, user in zip(cluster.workers, ("test_user2", "jovyan"), strict=True)  # neither may have them all
     ]
     for holder in holders:
         cluster.wait_until_runs(holder)

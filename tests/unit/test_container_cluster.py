@@ -67,12 +67,10 @@ def test_job_is_submitted_as_it_shall_be(says: Says, monkeypatch: pytest.MonkeyP
     assert words == ["/usr/local/lib/cfiddle/container-job", "me", "a", "i", "3"]
     assert (given["--nodelist"], given["--gres"]) == ("c2", "container_cpus:2,gpu:titan_xp:2,gpu:h200:1")
     assert (given["--cpus-per-task"], given["--mem"], given["--export"]) == ("2", "300M", "NIL")
-    assert "--oversubscribe" in given
     assert "--uid" not in given
     room.submit(_launch(counts_cpus=False))
     given, words = _submitted(asked)
     assert words[-1] == "0"
-    assert "--oversubscribe" in given
     assert not {"--nodelist", "--gres"} & set(given)
 
 
