@@ -14,14 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from agent.engine import Engine
-from agent.policy import OWN_IMAGES, load
+from agent.policy import load, own_images
 from agent.sandboxes import Sandboxes, State
 
 
 def main():
     """Do so."""
-    own = {name: os.environ.get(f"{image.upper()}_IMAGE", name) for name, image in OWN_IMAGES.items()}
-    profile = load(Path("/etc/cfiddle/policy.yaml"), images=own).profiles["default"]
+    profile = load(Path("/etc/cfiddle/policy.yaml"), images=own_images(os.environ)).profiles["default"]
     sandboxes = Sandboxes(Engine("/var/run/docker.sock"), Path("/run/cfiddle-sandboxes"), cgroups=Path("/run/cgroup"))
     never, wanted = os.eventfd(0), State(sys.argv[2])
 

@@ -77,7 +77,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     """Sweep what an earlier agent left, then serve until a signal; leave no sandbox behind."""
     from agent.engine import Engine, EngineError
     from agent.grants import Grants
-    from agent.policy import OWN_IMAGES, PolicyError, load
+    from agent.policy import PolicyError, load, own_images
     from agent.quiet import Quiet
     from agent.sandboxes import Sandboxes
     from agent.server import Server
@@ -86,8 +86,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        own = {name: os.environ.get(f"{image.upper()}_IMAGE", name) for name, image in OWN_IMAGES.items()}
-        policy = load(options.policy, images=own)
+        policy = load(options.policy, images=own_images(os.environ))
         engine, grants = Engine(options.engine), Grants(options.grants)
         quiet = Quiet(grants)
         options.sandboxes.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -49,6 +49,8 @@ _STOPPED_S = 10.0
 _ADOPTION_S = 5.0
 _SWEEP_S = 2.0
 _DISK_LOOK_S = 30.0
+_DISK_GLANCE_S = 1.0
+_DISK_PART = 4
 _REMEMBERED_S = 120.0
 
 log = logging.getLogger("agent")
@@ -244,7 +246,8 @@ class Containers:
             if self._engine.inspect(container)["State"]["Running"]:
                 raise Refused("running", f"container {name} is running")
             self._engine.remove(container)
-        self._written_mb.pop(uid, None)  # how much is left is seen when it is looked for next
+        if self._written_mb.get(uid, 0) > self._policy.disk_mb:
+            self._look_at_disk()
 
     def outcome(self, uid: int, job: int, *, timeout_s: float) -> str | None:
         """Wait until it is known whether a job has its container, and return the container's id; None for not yet.
@@ -574,14 +577,25 @@ class Containers:
         self._engine.stop(container["Id"], grace_s=_GRACE_S)
 
     def _watch_disk(self) -> None:
-        """Stop the containers of users who have written more than they may; while something is measured, none runs."""
+        """Stop the containers of users who have written more than they may; while something is measured, none runs.
+
+        The engine adds that up file by file, so it is asked now and then; and at once when the disk has got fuller by a
+        good part of what one user may write.
+        """
         while True:
-            try:
-                if self._quiet.lasted_s() is not None and self._engine.listed(LABEL):
-                    self._measure_disk()
-            except EngineError as error:
-                log.warning("the engine does not say what containers have written: %s", error)
-            time.sleep(_DISK_LOOK_S)
+            free_mb = _free_mb()
+            if self._quiet.lasted_s() is not None:
+                self._look_at_disk()
+            again, least_mb = time.monotonic() + _DISK_LOOK_S, free_mb - self._policy.disk_mb / _DISK_PART
+            time.sleep(_DISK_GLANCE_S)
+            while time.monotonic() < again and _free_mb() > least_mb:
+                time.sleep(_DISK_GLANCE_S)
+
+    def _look_at_disk(self) -> None:
+        try:
+            self._measure_disk()
+        except EngineError as error:
+            log.warning("the engine does not say what containers have written: %s", error)
 
     def _measure_disk(self) -> None:
         written: dict[int, float] = {}
@@ -605,6 +619,12 @@ class Containers:
                 f"your containers here have written {written:.0f} MB, more than the {self._policy.disk_mb} MB "
                 "that they may; delete one",
             )
+
+
+def _free_mb() -> float:
+    """Return how much is free where the engine keeps containers, as it does this one."""
+    found = os.statvfs("/")
+    return found.f_bavail * found.f_frsize / 2**20
 
 
 def _key(uid: int, name: str) -> str:

@@ -17,7 +17,18 @@ from agent import container_policy
 from agent.checked import CLOSED_SOURCES, Loader, PolicyError, mapping, overlap, path_outside, whole
 from agent.container_policy import ContainerPolicy
 
-__all__ = ["OWN_IMAGES", "SANDBOX", "Limits", "Mount", "Policy", "PolicyError", "Profile", "load", "parse"]
+__all__ = [
+    "OWN_IMAGES",
+    "SANDBOX",
+    "Limits",
+    "Mount",
+    "Policy",
+    "PolicyError",
+    "Profile",
+    "load",
+    "own_images",
+    "parse",
+]
 
 VERSION = 1
 MAX_SIZE = 64 * 1024
@@ -111,11 +122,16 @@ _MAX_POOL = 256
 _TAKEN_TARGETS = ("/proc", "/sys", "/dev", "/run", "/tmp")
 
 
+def own_images(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what each of OWN_IMAGES stands for, as the stack tells the agent in its environment."""
+    return {name: environment.get(f"{image.upper()}_IMAGE", name) for name, image in OWN_IMAGES.items()}
+
+
 def load(path: Path, *, images: Mapping[str, str]) -> Policy:
     """Read and check the policy.
 
     Args:
-        images: what each of OWN_IMAGES stands for; SANDBOX is the one of profiles that name none.
+        images: what each of OWN_IMAGES stands for (`own_images`); SANDBOX is the one of profiles that name none.
 
     Raises:
         PolicyError: it cannot be read, or something in it is wrong.

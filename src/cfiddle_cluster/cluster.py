@@ -139,6 +139,7 @@ class Cluster:
 
         def ready() -> None:
             identities.update(readiness.wait_until_ready(self._machines()))
+            slurm.ensure_share()
 
         def calibration_() -> None:
             limit = self.config.calibration_limit
@@ -326,6 +327,7 @@ class Cluster:
                 remedy="./invoke logs slurmd shows why it does not",
             )
             slurm.delete_node(name)
+            slurm.ensure_share()
             if machine is None or "head" not in machine.roles:
                 swarm.remove_node(self.state, name, machine)
             if self.config.simulated:

@@ -35,7 +35,7 @@ def share(
     Raises:
         ClusterError: an image is not on the head, or cannot be brought to a machine.
     """
-    rules = policy.load(config.root / "policy.yaml", images={name: name for name in policy.OWN_IMAGES})
+    rules = policy.load(config.root / "policy.yaml", images=policy.own_images({}))
     named = [name for name in (rules.containers.images if rules.containers else {}) if name not in policy.OWN_IMAGES]
     if not named:
         return []

@@ -1,5 +1,7 @@
 """Slurm, asked and told through its own commands in the container of slurmctld."""
 
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,12 @@ QOS = {
 A lease holds a machine for many calls, so it gives way: when an ordinary job finds no room, it gets TERM, and KILL
 after its grace time. A user has so many at once, and each so long; one that asks for more time is refused.
 """
+
+SHARED = "shared"
+"""The partition where several jobs are on one machine, and the QOS that it gives to all of them."""
+
+SHARE = 0.75
+"""So much of SHARED may one user have at most, of its memory and of turns at its CPUs: another finds room at once."""
 
 _SHOW = ("sacctmgr", "--noheader", "--parsable2", "show")
 WORKING = frozenset({"allocated", "mixed", "completing", "draining"})
@@ -105,7 +113,7 @@ def parse_nodes(text: str) -> dict[str, Node]:
 
 def slots() -> dict[str, int]:
     """Return how many CPUs each node that takes jobs has, by name."""
-    text = slurm(["sinfo", "--noheader", "--Node", "--partition", "shared", "--responding", "--format", "%N %c %T"])
+    text = slurm(["sinfo", "--noheader", "--Node", "--partition", SHARED, "--responding", "--format", "%N %c %T"])
     lines = (line.split() for line in text.splitlines())
     return {name: int(cpus) for name, cpus, state in sorted(lines) if not state.startswith(("drain", "down"))}
 
@@ -229,6 +237,20 @@ def ensure_qos() -> None:
     if set(choices.split(",")) != set(QOS) or default != "normal":
         wanted = [f"qos={','.join(sorted(QOS))}", "defaultqos=normal"]
         slurm(["sacctmgr", "--immediate", "modify", "account", f"name={ACCOUNT}", "set", *wanted])
+
+
+def ensure_share() -> None:
+    """Have one user's jobs leave room for others in SHARED, which has as many nodes as there are now."""
+    cpus = turns = memory_mb = for_containers = 0
+    for line in slurm(["sinfo", "--noheader", "--Node", f"--partition={SHARED}", "--format=%c|%m|%h|%G"]).splitlines():
+        of_node, megabytes, at_once, gres = line.split("|")
+        cpus += int(of_node)
+        turns = int(at_once.partition(":")[2])
+        memory_mb += int(megabytes)
+        for_containers += sum(map(int, re.findall(r"\bcontainer_cpus:(\d+)", gres)))
+    most = {"cpu": cpus * turns, "mem": memory_mb, "gres/container_cpus": for_containers}
+    limit = ",".join(f"{what}={math.ceil(number * SHARE)}" for what, number in most.items() if number)
+    slurm(["sacctmgr", "--immediate", "modify", "qos", SHARED, "set", "Flags=DenyOnLimit", f"MaxTRESPU={limit}"])
 
 
 def _as_told(setting: str, value: str) -> str:

@@ -12,7 +12,8 @@ import click
 
 from container_manager import console, interrupts, jobs
 from container_manager.errors import ContainerError
-from container_manager.jobs import Job, Node, ordinal, printable
+from container_manager.jobs import Job, Node, ordinal
+from container_manager.slurm import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from container_manager import console, interrupts, job_settings, jobs
+from container_manager import console, interrupts, job_settings, jobs, slurm
 from container_manager.errors import ContainerError
-from container_manager.jobs import printable
+from container_manager.slurm import printable
 
 LOGS = "cmlogs"
 _SCRIPT = Path(__file__).with_name("job.sh")
@@ -101,7 +101,7 @@ def cmrun(
     options += [f"--time={time}"] if time else []
     argv = ["sbatch", "--parsable", *options, str(_SCRIPT), str(retries), "pmix" if mpi else "none", *command]
     with interrupts.put_off():
-        job_id = int(jobs.ask(argv, cwd=str(directory), env=jobs.environment()).partition(";")[0])
+        job_id = int(slurm.ask(argv, cwd=str(directory), env=slurm.environment()).partition(";")[0])
         click.echo(job_id)
     if wait:
         from container_manager import job_wait

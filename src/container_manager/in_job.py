@@ -28,7 +28,7 @@ def run_again(words: Sequence[str]) -> NoReturn:
     if not shutil.which("srun"):
         raise ContainerError("there is no srun here", "run it on the cluster's users' node")
     again = [word for word in words if word != OPTION]
-    options = ["--job-name", again[0], "--partition", PARTITION, "--oversubscribe", "--mem", "128M", "--time", "10"]
+    options = ["--job-name", again[0], "--partition", PARTITION, "--mem", "128M", "--time", "10"]
     # With us, and apart from the terminal: what Ctrl-C does to srun itself leaves a command no time to tidy up.
     argv = ["setpriv", "--pdeathsig", "TERM", "srun", *options, "cm", *again]
     process = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from container_manager.errors import ContainerError
-from container_manager.jobs import printable
+from container_manager.slurm import printable
 
 FILES = ("/etc/cfiddle/cmrun.yaml", "~/.config/cfiddle/cmrun.yaml")
 """A later one has the last word."""

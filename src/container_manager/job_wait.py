@@ -9,7 +9,7 @@ import time
 
 import click
 
-from container_manager import interrupts, jobs
+from container_manager import interrupts, jobs, slurm
 from container_manager.errors import ContainerError
 
 _TIMED_OUT = 124
@@ -80,7 +80,7 @@ def _hang_on(number: int) -> bool:
             timeout=_HANGING_S * 2,
             check=False,
             start_new_session=True,
-            env=jobs.environment(),
+            env=slurm.environment(),
         )
     return time.monotonic() > begun + 0.5
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from container_manager.errors import ContainerError
+from container_manager.slurm import ask, last_line, printable, run
 
-_ANSWER_S = 20.0
 _ACCOUNTING_S = 2.0
-_SETTINGS = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")
 _RECENT = "now-1hour"
 _FIELD, _RECORD = "\x1f", "\x1e"
 _ENDED = "BOOT_FAIL,CANCELLED,COMPLETED,DEADLINE,FAILED,NODE_FAIL,OUT_OF_MEMORY,PREEMPTED,TIMEOUT"
@@ -199,7 +196,7 @@ def kill(number: str) -> None:
             f"{printable(number)!r} is no number of a job", "cminfo shows your jobs with their numbers"
         )
     # Only --verbose makes scancel say that there was nothing to end.
-    said = _run(["scancel", "--verbose", number], _ANSWER_S).stderr
+    said = run(["scancel", "--verbose", number]).stderr
     if "error:" not in said:
         return
     if "permission denied" in said:
@@ -209,7 +206,7 @@ def kill(number: str) -> None:
         if state or "already" in said:
             raise ContainerError(f"job {number} has ended already" + (f": {state.lower()}" if state else ""))
         raise ContainerError(f"there is no job {number} of yours", "cminfo shows your jobs with their numbers")
-    raise ContainerError(f"job {number} could not be ended: {_last_line(said)}")
+    raise ContainerError(f"job {number} could not be ended: {last_line(said)}")
 
 
 def minutes(text: str) -> int:
@@ -233,59 +230,6 @@ def minutes(text: str) -> int:
     if not 0 < total <= MOST_MINUTES:
         raise ValueError(f"{text} is {'longer than a year' if total else 'no time at all'}")
     return total
-
-
-def printable(text: str) -> str:
-    """Return text as a terminal can show it on one line without obeying it."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def environment() -> dict[str, str]:
-    """Return the environment for sbatch and srun: without settings that would change what they do."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_SETTINGS) or name.startswith("SLURM_CONF")
-    }
-
-
-def ask(
-    argv: Sequence[str], *, timeout_s: float = _ANSWER_S, cwd: str | None = None, env: dict[str, str] | None = None
-) -> str:
-    """Run one of Slurm's commands; return what it printed.
-
-    Raises:
-        ContainerError: it failed, did not answer in time, or is not here.
-    """
-    done = _run(argv, timeout_s, cwd=cwd, env=env)
-    if done.returncode:
-        raise ContainerError(f"{argv[0]}: {_last_line(done.stderr)}")
-    return done.stdout
-
-
-def _run(
-    argv: Sequence[str], timeout_s: float, *, cwd: str | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            cwd=cwd,
-            env=env,
-            # A Ctrl-C of the terminal is for this program alone, not for a command half way through.
-            start_new_session=True,
-        )
-    except FileNotFoundError as error:
-        raise ContainerError(f"there is no {argv[0]} here", "run it on the cluster's users' node") from error
-    except subprocess.TimeoutExpired as error:
-        raise ContainerError(f"Slurm did not answer {argv[0]} within {timeout_s:.0f} s") from error
-    except OSError as error:  # a command too long for the system
-        raise ContainerError(f"{argv[0]} could not be run: {error.strerror}") from error
 
 
 def _format(fields: Sequence[str]) -> str:
@@ -316,8 +260,3 @@ def _resources(tres: str) -> tuple[int, int, int]:
     unit = memory[-1] if memory[-1].isalpha() else "M"
     memory_mb = float(memory.rstrip(unit)) * 1024 ** ("KMGTP".index(unit) - 1)
     return int(given.get("cpu", 0)), round(memory_mb), int(given.get("gres/gpu", 0))
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()] or ["it failed and did not say why"]
-    return re.sub(r"^\w+: (error: )?", "", printable(lines[-1]))

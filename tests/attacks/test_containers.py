@@ -10,6 +10,8 @@ from live import LiveCluster, Result, UsersContainer, docker, wait_until
 
 VICTIM, THIEF = "test_user1", "test_user2"
 NAME = "my_task_container_0"
+DISK_MB = 4096
+"""So much may one user's containers on a machine have written (policy.yaml)."""
 
 # Requests to the agents' port by hand.
 RAW = """
@@ -98,8 +100,9 @@ def _hold(cluster: LiveCluster, user: str, *requests: dict[str, object]) -> list
     return cluster.user(argv, user).ok().split()
 
 
-def _engine_says(cluster: LiveCluster, container: UsersContainer, form: str) -> str:
-    return cluster.on_worker(container.worker, ["docker", "inspect", "-f", form, container.id]).ok().strip()
+def _engine_says(cluster: LiveCluster, container: UsersContainer, form: str, *options: str) -> str:
+    argv = ["docker", "inspect", *options, "-f", form, container.id]
+    return cluster.on_worker(container.worker, argv).ok().strip()
 
 
 # --- 11: what is another's -------------------------------------------------------------------------------------------
@@ -554,3 +557,60 @@ with ThreadPoolExecutor(12) as pool:
     assert 0 < int(cluster.python(RAW + program, THIEF, timeout_s=200).ok()) <= 32
     assert len(cluster.containers(THIEF)) <= 32
     assert cluster.user(["cm", "create", "1"], VICTIM).ok().startswith("created 1 containers\n")
+
+
+@pytest.mark.parametrize("wanted", ["CPUs", "memory"])
+def test_flood_of_jobs_leaves_room_for_another_s_container(cluster: LiveCluster, wanted: str) -> None:
+    of_node_mb = int(cluster.slurm("sinfo -h -p shared -o %m").split()[0])
+    memory_mb = {"CPUs": 16, "memory": of_node_mb // 4}[wanted]
+    flood = cluster.sbatch(
+        "sleep 600", THIEF, "-p", "shared", "--array=0-399", "--oversubscribe", "-c1", f"--mem={memory_mb}"
+    )
+    _wait_until_no_more_start(cluster, flood)
+    _see_room_for_the_victim(cluster)
+
+
+def test_plain_job_on_every_machine_leaves_room_for_another_s_container(cluster: LiveCluster) -> None:
+    nodes = f"-N{len(cluster.workers)}"
+    cluster.wait_until_runs(cluster.sbatch("sleep 600", THIEF, "-p", "shared", nodes, "-c1", "--mem=16"))
+    _see_room_for_the_victim(cluster)
+
+
+def _wait_until_no_more_start(cluster: LiveCluster, array: int) -> None:
+    why = "QOSMax|Resources"
+    reasons = f"squeue -h -r -t PENDING -j {array} -o %r"
+    wait_until(lambda: re.search(why, cluster.slurm(reasons)), timeout_s=60, what="as many run as may")
+
+
+def _see_room_for_the_victim(cluster: LiveCluster) -> None:
+    ran = cluster.user(["timeout", "--signal=INT", "20", "cm", "run", "--cmd", "hostname"], VICTIM)
+    assert ran.output == f"command output:\n{NAME}\n"
+
+
+def test_cpus_and_ports_that_are_counted_are_not_all_one_user_s(cluster: LiveCluster) -> None:
+    def create(user: str, name: str) -> Result:
+        words = ("--type", "0", "--ports", "20", "--image", "my_task_image", "--name", name)
+        return cluster.user(["ddocker", "create", *words], user)
+
+    cpus = int(cluster.slurm("sinfo -h -p shared -o %C").split("/")[-1])
+    said = ""
+    for number in range(cpus):
+        said = create(THIEF, f"n{number}").stderr
+        if said:
+            break
+    mine = create(VICTIM, "mine")
+    assert mine.stdout == "Start to create\nmine\nSuccessfully created!\n", f"{mine.stderr}, and the thief {said!r}"
+
+
+def test_disk_of_a_machine_is_not_one_user_s_to_fill(
+    cluster: LiveCluster, victim: UsersContainer, thief: Callable[..., Result]
+) -> None:
+    result = thief("dd if=/dev/zero of=/tmp/full bs=1M count=9000 conv=fsync", timeout_s=200)
+    [mine] = cluster.containers(THIEF)
+    written_mb = int(_engine_says(cluster, mine, "{{.SizeRw}}", "--size")) / 2**20
+    assert written_mb < 2 * DISK_MB, result
+    assert mine.state == "exited", result
+    for words in (("create", "1"), ("run", "--name", NAME, "--cmd", "true")):
+        refused = cluster.user(["cm", *words], THIEF)
+        assert "your containers here have written" in refused.stderr, words
+    assert cluster.containers(VICTIM) == [victim]

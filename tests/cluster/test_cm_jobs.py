@@ -156,15 +156,22 @@ def test_what_no_node_has_is_refused_at_once(cluster: LiveCluster, directory: st
 
 
 def test_interruption_while_submitting_leaves_no_job_that_nobody_knows(cluster: LiveCluster, directory: str) -> None:
-    for delay_s in (0.0, 0.05, 0.1, 0.15, 0.2):
+    begun = time.monotonic()
+    job = cluster.user(_in(directory, "cmrun", "true"), USER).ok().strip()
+    whole_s = time.monotonic() - begun
+    cluster.wait_for_state(job, "COMPLETED")
+    submitted = []
+    for tenths in range(11):
         waiting = cluster.background(_in(directory, "cmrun", "sleep", "1000"), USER)
-        time.sleep(delay_s)
+        time.sleep(whole_s * tenths / 10)
         with contextlib.suppress(CommandFailed):  # it may be over
             waiting.kill(signal.SIGINT)
         done = waiting.wait(timeout_s=20)
         said = [line for line in done.stdout.splitlines() if line.isdigit()]
         queued = cluster.user(["squeue", "--me", "-h", "-o", "%i"], USER).ok().split()
         assert queued == said
+        submitted.append(bool(said))
         if said:
             cluster.user(["cmkill", *said], USER).ok()
             wait_until(lambda: not cluster.user("squeue --me -h", USER).ok(), timeout_s=30, what="it is gone")
+    assert set(submitted) == {True, False}, "it was interrupted before and after"

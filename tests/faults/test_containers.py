@@ -217,3 +217,4 @@ def test_start_during_which_the_agent_is_killed_leaves_nothing_half_made(cluster
         return sorted(jobs) == sorted(f"{found.name} {found.worker}" for found in _running(cluster))
 
     wait_until(is_consistent, timeout_s=60, what="each container that runs is in a job, and each job has its container")
+    assert _running(cluster), "one was started"

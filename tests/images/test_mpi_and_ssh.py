@@ -158,8 +158,9 @@ def _ranks(output: str) -> list[str]:
 
 
 def test_processes_on_two_nodes_reach_each_other(nodes: Nodes) -> None:
-    assert {line.split()[1] for line in _ranks(nodes.script(f"{SRUN} python3 hello.py"))} == {"c1", "c2"}
-    assert all(line.split()[2] == "6" for line in _ranks(nodes.script(f"{SRUN} python3 hello.py")))
+    found = [line.split() for line in _ranks(nodes.script(f"{SRUN} python3 hello.py"))]
+    assert {node for _, node, *_ in found} == {"c1", "c2"}
+    assert [total for *_, total in found] == ["6"] * 4
 
 
 def test_mpirun_in_an_allocation_has_the_python_and_the_nodes_of_the_job(nodes: Nodes) -> None:

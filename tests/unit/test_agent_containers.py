@@ -224,6 +224,7 @@ def make(
     monkeypatch.setattr(containers, "_ADOPTION_S", 3600)
     monkeypatch.setattr(containers, "_SWEEP_S", 0.02)
     monkeypatch.setattr(containers, "_DISK_LOOK_S", 0.02)
+    monkeypatch.setattr(containers, "_DISK_GLANCE_S", 0.02)
     monkeypatch.setattr(containers, "_LOOK_S", 0.05)
 
     def make() -> Containers:
@@ -622,6 +623,29 @@ def test_who_has_written_too_much_is_stopped_and_starts_nothing(
     assert _code(_create, kept, "more") == "disk"
     kept.delete(ME, "full")
     assert ask().hears()["type"] == "running"
+
+
+def test_disk_that_gets_full_fast_is_looked_at_before_it_is_time(
+    make: Callable[[], Containers], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_mb = 1000.0
+    monkeypatch.setattr(containers, "_DISK_LOOK_S", 3600)
+    monkeypatch.setattr(containers, "_free_mb", lambda: free_mb)
+    full = _create(make(), "full")
+    kept = make()
+    wait_until(lambda: kept._written_mb == {ME: 0}, timeout_s=5, what="the one time that it is looked")
+    engine.there[full]["SizeRw"] = 11 * 2**20
+    free_mb -= 11
+    wait_until(lambda: _code_or_none(kept, ME) == "disk", timeout_s=5, what="it has been looked")
+
+
+def test_who_deletes_something_that_is_small_has_still_written_too_much(kept: Containers, engine: FakeEngine) -> None:
+    full, _ = _create(kept, "full"), _create(kept, "small")
+    engine.there[full]["SizeRw"] = 11 * 2**20
+    wait_until(lambda: _code_or_none(kept, ME) == "disk", timeout_s=5, what="it is too much")
+    kept._measure_disk = lambda: None  # type: ignore[method-assign]
+    kept.delete(ME, "small")
+    assert _code_or_none(kept, ME) == "disk"
 
 
 def test_what_others_have_written_counts_for_nobody_else(

@@ -44,7 +44,7 @@ class World:
             "registry": "ensure_registry remove_registry remove_trust",
             "users": "ensure_accounts ensure_associations",
             "stack": "deploy remove remove_volumes",
-            "slurm": "drain wait_until_empty delete_node set_down",
+            "slurm": "drain wait_until_empty delete_node set_down ensure_share",
             "images": "remove_images",
             "user_containers": "stop remove_all",
             "distribution": "remove_outdated",
@@ -154,6 +154,7 @@ UP = [
     "stack.deploy",
     "users.ensure_associations",
     "readiness.wait_until_ready",
+    "slurm.ensure_share",
     "calibration.ensure_calibrated",
     "distribution.remove_outdated",
 ]
@@ -265,12 +266,13 @@ def test_scale_up_is_remembered(world: World) -> None:
 def test_scale_down_drains_before_it_removes_and_takes_the_highest(world: World) -> None:
     world.there = ["c1", "c2", "c3"]
     world.cluster(LOCAL_WORKERS="3").scale("2")
-    assert world.did[:8] == [
+    assert world.did[:9] == [
         "packages.ensure_root",
         "slurm.drain ['c3'] cfiddle: the worker is being removed",
         "slurm.wait_until_empty ['c3']",
         "swarm.unlabel_worker c3",
         "slurm.delete_node c3",
+        "slurm.ensure_share",
         "swarm.remove_node c3",
         "simulated.remove_machine c3",
         "packages.ensure_commands",

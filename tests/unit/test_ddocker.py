@@ -443,7 +443,7 @@ def test_machines_are_read_from_what_slurm_says(monkeypatch: pytest.MonkeyPatch)
         line("c3", "IDLE+DRAIN+DYNAMIC_NORM"),
         line("other", "IDLE", Partitions="normal"),
     ]
-    monkeypatch.setattr(room, "_run", lambda *_args, **_options: "\n".join(lines))
+    monkeypatch.setattr(room, "ask", lambda *_args, **_options: "\n".join(lines))
     found = room.machines()
     assert [(machine.name, machine.takes_jobs) for machine in found] == [("c1", True), ("c2", False), ("c3", False)]
     assert (found[0].free_cpus, found[0].free_memory_mb, dict(found[0].free_gpus)) == (5, 4952, {"titan_xp": 1})

@@ -160,6 +160,13 @@ def test_a_quality_of_service_that_says_something_else_is_changed(told: Told) ->
     ]
 
 
+def test_one_user_has_three_quarters_of_what_all_nodes_share(told: Told) -> None:
+    told.answers["sinfo"] = ["2|1000|FORCE:16|container_cpus:2\n7|3001|FORCE:16|gpu:a100:2(S:0),container_cpus:7\n"]
+    slurm.ensure_share()
+    limit = "MaxTRESPU=cpu=108,mem=3001,gres/container_cpus=7"
+    assert told.changes == [f"sacctmgr --immediate modify qos shared set Flags=DenyOnLimit {limit}"]
+
+
 def test_users_may_choose_a_quality_of_service_before_they_are_there(told: Told) -> None:
     told.answers["sacctmgr --noheader --parsable2 show account"] = ["root\n"]
     told.answers[SHOW_CHOICE] = ["normal|\n"]
