@@ -84,7 +84,7 @@ class Door:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _notice_loss(connection)
             nonce = letters.nonce()
-            greeting = {"v": letters.VERSION, "node": self._node, "nonce": nonce}
+            greeting = {"v": letters.VERSION, "node": self._node, "time": time.time(), "nonce": nonce}
             letters.send(connection, letters.encoded(greeting))
             while nonce:
                 nonce = self._answer(connection, nonce)

@@ -1,9 +1,9 @@
 """What a user's commands and the agents say to each other over the network: letters, and streams of pieces.
 
-A letter is 4 bytes of length and that many bytes. The agent begins with a nonce, in the clear. A request is a MUNGE
-credential that holds the request, the node that it is for and the agent's nonce: it cannot be read, changed, sent to
-another node or a second time. So is the answer, which root on the node encodes for the one user, with the nonce that
-the request brought. A nonce for the next request comes with each answer.
+A letter is 4 bytes of length and that many bytes. The agent begins with a nonce and its time, in the clear. A request
+is a MUNGE credential that holds the request, the node that it is for and the agent's nonce: it cannot be read, changed,
+sent to another node or a second time. So is the answer, which root on the node encodes for the one user, with the nonce
+that the request brought. A nonce for the next request comes with each answer.
 
 A command in a container has streams: after the answer, both sides send pieces: a byte that says what it is, and a
 letter.

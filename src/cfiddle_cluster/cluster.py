@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,13 +40,14 @@ from cfiddle_cluster import (
 )
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.machines import Machine, Silent
 from cfiddle_cluster.report import Report
 from cfiddle_cluster.state import State
 from cfiddle_cluster.upgrade import Patience
 from cfiddle_cluster.wait import wait_until
 
 STOP_TIMEOUT_S = 60.0
+BRING_IN = "all else is done; when that is mended, this brings in who was left out: ./invoke up"
 WORKERS = "workers.json"
 """The file of the state that says what `scale`, `add-worker` and `remove-worker` made of the workers in config.sh."""
 
@@ -85,13 +86,14 @@ class Cluster:
         """Do every step, in order, or those up to a named one; each does only what is missing.
 
         Raises:
-            ClusterError: a step fails, or another command is at work.
+            ClusterError: a step fails, or another command is at work; or workers are left out, when all else is done.
         """
         packages.ensure_root()
         with self.state.lock("up"):
-            self._up(Report(again="./invoke up"), until)
+            silent = self._up(Report(again="./invoke up"), until)
         if not until:
             print(self._greeting())
+        _refuse(silent, BRING_IN)
 
     def upgrade(self, *, drain_minutes: str, start_seconds: str) -> None:
         """Do what `up` does, but replace the services one by one and the workers' worker by worker, while jobs run.
@@ -110,7 +112,9 @@ class Cluster:
             self._must_run()
             self._up(Report(again="./invoke upgrade"), patience=patience)
 
-    def _up(self, report: Report, until: str = "", patience: Patience | None = None) -> None:
+    def _up(self, report: Report, until: str = "", patience: Patience | None = None) -> list[Silent]:
+        """Do the steps; return the workers that were left out, since they cannot be reached."""
+
         def engine_() -> None:
             packages.ensure_commands()
             swarm.refuse_other_address(self.config)
@@ -118,41 +122,56 @@ class Cluster:
             packages.ensure_engine(self.config, self.state)
 
         built: dict[str, str] = {}
+        there: list[Machine] = []
+        silent: list[Silent] = []
         references: dict[str, str] = {}
         identities: dict[str, calibration.Identity] = {}
 
         def images_() -> None:
             built.update(images.build(self.config, report.note))
 
+        def machines_() -> None:
+            workers, others = self._ensure_machines(built["machine"])
+            there.extend([self._head, *workers])
+            silent.extend(others)
+            # An upgrade could not keep Swarm from replacing the services of a worker that we alone do not reach.
+            is_upgrade = bool(patience) or upgrade.is_under_way(self.state)
+            if is_upgrade or not any("worker" in machine.roles for machine in there):
+                _refuse(
+                    silent, "mend that; who is gone for good: ./invoke remove-worker NAME, or WORKER_ADDRS in config.sh"
+                )
+            for found in silent:
+                report.note(f"left out: {found.error.message.partition(chr(10))[0].rstrip(':')}")
+
         def registry_() -> None:
-            registry.ensure_registry(self.config, self.state, self._machines(), built["registry"])
+            registry.ensure_registry(self.config, self.state, there, built["registry"])
 
         def distribution_() -> None:
-            references.update(distribution.distribute(self.config, self.state, self._machines(), built, report.note))
+            references.update(distribution.distribute(self.config, self.state, there, built, report.note))
 
         def services_() -> None:
             if patience or upgrade.is_under_way(self.state):
-                machines = self._machines()
-                upgrade.roll_out(self.config, self.state, machines, references, patience or Patience(), report.note)
+                upgrade.roll_out(self.config, self.state, there, references, patience or Patience(), report.note)
             else:
                 stack.deploy(self.config, self.state, references)
 
         def ready() -> None:
-            identities.update(readiness.wait_until_ready(self._machines()))
+            identities.update(readiness.wait_until_ready(there))
             slurm.ensure_share()
 
         def calibration_() -> None:
             limit = self.config.calibration_limit
-            for outcome in calibration.ensure_calibrated(self.state, self._slurm_workers(), identities, limit):
+            workers = [machine for machine in there if "worker" in machine.roles]
+            for outcome in calibration.ensure_calibrated(self.state, workers, identities, limit):
                 if outcome.difference and outcome.difference.is_off:
                     report.note(f"{outcome.name} {outcome.what}; when it is mended: ./invoke calibrate")
 
         steps: dict[str, tuple[str, Callable[[], object]]] = {
             "engine": ("packages, Docker Engine, secrets", engine_),
             "images": ("images", images_),
-            "machines": ("machines", lambda: self._ensure_machines(built["machine"])),
-            "swarm": ("swarm", self._ensure_swarm),
-            "labels": ("labels", lambda: swarm.ensure_labels(self._head, self._machines())),
+            "machines": ("machines", machines_),
+            "swarm": ("swarm", lambda: self._ensure_swarm(there)),
+            "labels": ("labels", lambda: swarm.ensure_labels(self._head, there)),
             "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
             "registry": ("registry", registry_),
             "distribution": ("images to all machines", distribution_),
@@ -161,13 +180,14 @@ class Cluster:
             "users": ("users: associations in Slurm", lambda: users.ensure_associations(self.state)),
             "ready": ("a job on each worker", ready),
             "calibration": ("speed of new workers", calibration_),
-            "tidy": ("images of before", lambda: distribution.remove_outdated(self._machines(), built)),
+            "tidy": ("images of before", lambda: distribution.remove_outdated(there, built)),
         }
         for name, (title, step) in steps.items():
             with report.step(title):
                 step()
             if name == until:
-                return
+                break
+        return silent
 
     def _greeting(self) -> str:
         lines = [
@@ -204,27 +224,30 @@ class Cluster:
         remote = [addr for addr in self.config.worker_addrs if addr != self.config.head_addr]
         return [machines.real_worker(self.config, self.state, addr) for addr in remote]
 
-    def _ensure_machines(self, image: str) -> None:
+    def _ensure_machines(self, image: str) -> tuple[list[Machine], list[Silent]]:
+        """Make the simulated workers, or install Docker on the real ones; return those, and those beyond reach."""
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
             homes.ensure_root(self.config)  # they have it mounted from their first moment
             simulated.ensure_machines(self.config, self.state, names, image)
-        elif left := simulated.existing():
+            return self._workers(), []
+        if left := simulated.existing():
             raise ClusterError(
                 f"WORKER_ADDRS names real machines, and the simulated ones {', '.join(left)} are still there",
                 "./invoke down takes them away; state and homes stay",
             )
-        else:
-            script = (self.config.root / "install_docker.sh").read_text()
-            timeout_s = packages.INSTALL_TIMEOUT_S
-            machines.on_each(self._workers(), lambda machine: machine.script(script, timeout_s=timeout_s))
+        workers, silent = machines.reached(self._worker_list())
+        script = (self.config.root / "install_docker.sh").read_text()
+        machines.on_each(workers, lambda machine: machine.script(script, timeout_s=packages.INSTALL_TIMEOUT_S))
+        return workers, silent
 
-    def _ensure_swarm(self) -> None:
+    def _ensure_swarm(self, there: list[Machine]) -> None:
         # A machine must be let in before it can join.
-        if firewall.is_set(self.state) and (silent := firewall.ensure(self.config, self.state, self._walled())):
+        walled = [machine for machine in there if not machine.simulated]
+        if firewall.is_set(self.state) and (silent := firewall.ensure(self.config, self.state, walled)):
             raise silent[0].error
         swarm.ensure_swarm(self.config, self.state)
-        swarm.ensure_joined(self.config, self.state, self._machines())
+        swarm.ensure_joined(self.config, self.state, there)
 
     # --- more or fewer workers ---------------------------------------------------------------------------------------
 
@@ -280,13 +303,15 @@ class Cluster:
             _record(self.configured, self.state, [*self.config.worker_addrs, addr])
             larger, report = Cluster.of(self.config.root), Report(again="./invoke up")
             try:
-                larger._up(report, until="swarm")
+                silent = larger._up(report, until="swarm")
+                _refuse([found for found in silent if found.machine.addr == addr], "run this again when it answers")
             except ClusterError:
                 # It has not become a member, so nobody shall wait for it from now on, or let it in.
                 _record(self.configured, self.state, self.config.worker_addrs)
                 self._let_out(report, [machines.real_worker(self.config, self.state, addr)])
                 raise
-            larger._up(report)
+            silent = larger._up(report)
+        _refuse(silent, BRING_IN)
 
     def remove_worker(self, name: str) -> None:
         """Drain a worker, wait until its jobs have ended, and take it out of the cluster.
@@ -454,11 +479,11 @@ class Cluster:
         packages.ensure_root()
         with self.state.lock("remove-user"):
             self._must_run()
-            workers = self._slurm_workers()
-            answering = machines.answering(workers)
-            users.remove(self.config, self.state, name, delete_home=delete_home, machines=answering)
-            for silent in sorted({worker.name for worker in workers} - {worker.name for worker in answering}):
-                print(f"{silent} does not answer: containers of {name} may be left there")
+            workers = [machine for machine in (self._head, *self._worker_list()) if "worker" in machine.roles]
+            there, silent = machines.reached(workers)
+            users.remove(self.config, self.state, name, delete_home=delete_home, machines=there)
+            for found in silent:
+                print(f"{found.machine.name} does not answer: containers of {name} may be left there")
         print(f"{name} is no user any longer" + ("" if delete_home else "; the home directory is still there"))
 
     def import_users(self, path: Path) -> None:
@@ -507,8 +532,9 @@ class Cluster:
             with report.step("accounting and Slurm's state"):
                 backup.restore_services(self.state, archive)
             # What is restored is not restored again: from here on an `up` goes on.
-            self._up(Report(again="./invoke up"))
+            silent = self._up(Report(again="./invoke up"))
         print(self._greeting())
+        _refuse(silent, BRING_IN)
 
     def down(self, *, purge: bool) -> None:
         """Take the cluster away from all machines; with `purge` also what it holds."""
@@ -571,6 +597,12 @@ class Cluster:
         for addr in [machine.addr for machine in listed if machine.addr not in {found.addr for found in answering}]:
             report.note(f"{addr} does not answer; should it come back, run there: docker swarm leave --force")
         machines.on_each(answering, release)
+
+
+def _refuse(silent: Collection[Silent], remedy: str) -> None:
+    """Raise a ClusterError that says of each worker that cannot be reached why; nothing where there is none."""
+    if silent:
+        raise ClusterError("\n".join(str(found.error) for found in silent), remedy)
 
 
 def _whole_number(option: str, text: str) -> int:

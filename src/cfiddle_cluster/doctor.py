@@ -34,8 +34,8 @@ from cfiddle_cluster import (
 )
 from cfiddle_cluster.config import LABEL, Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.facts import KERNEL, Facts, Silent
-from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.facts import KERNEL, Facts
+from cfiddle_cluster.machines import Machine, Silent
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 

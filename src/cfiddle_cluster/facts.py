@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.machines import PARALLEL, Machine
+from cfiddle_cluster.machines import PARALLEL, Machine, Silent
 
 PROBE = Path(__file__).with_name("probe.sh")
 PROBE_TIMEOUT_S = 45
@@ -65,14 +65,6 @@ class Facts:
         """Return a fact that is a whole number; None where the machine does not say."""
         text = self.values.get(name, "")
         return int(text) if text.lstrip("-").isdigit() else None
-
-
-@dataclass(frozen=True)
-class Silent:
-    """A machine that could not be asked."""
-
-    machine: Machine
-    error: ClusterError
 
 
 def gather(

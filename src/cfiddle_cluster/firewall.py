@@ -20,8 +20,7 @@ from agent import user_network
 from cfiddle_cluster import homes, swarm
 from cfiddle_cluster.config import SIMULATED_NETWORK, Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.facts import Silent
-from cfiddle_cluster.machines import PARALLEL, Machine, resolved
+from cfiddle_cluster.machines import PARALLEL, Machine, Silent, resolved
 from cfiddle_cluster.state import State
 
 T = TypeVar("T")

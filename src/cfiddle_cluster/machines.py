@@ -162,6 +162,14 @@ class Machine:
         )
 
 
+@dataclass(frozen=True)
+class Silent:
+    """A machine that could not be asked."""
+
+    machine: Machine
+    error: ClusterError
+
+
 class EngineError(ClusterError):
     """A machine's engine refused a request.
 
@@ -228,23 +236,28 @@ def named(machines: Iterable[Machine]) -> list[Machine]:
     Raises:
         ClusterError: one or more cannot be reached, or let us be root only with a password.
     """
-    machines = list(machines)
-    if _has_terminal():
-        for machine in machines:
-            _introduce(machine)
-    return on_each(machines, _named)
+    return on_each(_introduced(machines), _named)
+
+
+def reached(machines: Iterable[Machine]) -> tuple[list[Machine], list[Silent]]:
+    """Return what `named` does of those that can be reached, and the others."""
+    answers = on_each(_introduced(machines), _ask)
+    return (
+        [answer for answer in answers if isinstance(answer, Machine)],
+        [answer for answer in answers if isinstance(answer, Silent)],
+    )
 
 
 def answering(machines: Iterable[Machine]) -> list[Machine]:
-    """Return those machines that answer, with their own short hostnames."""
+    """Return those machines that answer, with their own short hostnames; nobody is asked about a host key."""
+    return [answer for answer in on_each(machines, _ask) if isinstance(answer, Machine)]
 
-    def ask(machine: Machine) -> Machine | None:
-        try:
-            return _named(machine)
-        except ClusterError:
-            return None
 
-    return [machine for machine in on_each(machines, ask) if machine]
+def _ask(machine: Machine) -> Machine | Silent:
+    try:
+        return _named(machine)
+    except ClusterError as error:
+        return Silent(machine, error)
 
 
 def _named(machine: Machine) -> Machine:
@@ -275,6 +288,14 @@ def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list
         )
         raise ClusterError(message, failed[0][1].remedy) from failed[0][1]
     return [future.result() for future in futures]
+
+
+def _introduced(machines: Iterable[Machine]) -> list[Machine]:
+    machines = list(machines)
+    if _has_terminal():
+        for machine in machines:
+            _introduce(machine)
+    return machines
 
 
 def _introduce(machine: Machine) -> None:

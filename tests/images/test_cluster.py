@@ -19,6 +19,15 @@ from containers import Container, Start
 
 ROOT = Path(__file__).resolve().parents[2]
 USER, OTHER = "2001:2001", "2002:2002"
+LOOK_AT_CLOCKS = """
+import sys, time, types
+sys.path.insert(0, "/usr/local/lib/cfiddle")
+import node_clocks
+node_clocks.time = types.SimpleNamespace(time=lambda: time.time() + float(sys.argv[1]))
+node_clocks.main()
+"""
+"""As slurmctld's container does it, where this machine's clock is so much ahead."""
+DOOR = 'from agent.door import Door; import signal; Door(None, address="0.0.0.0").open(); signal.pause()'
 ACCOUNTS = "ada:x:2001:2001::/:/bin/sh\nben:x:2002:2002::/:/bin/sh\n"
 
 Secret = Callable[[str, str], Path]
@@ -243,6 +252,24 @@ def test_end_of_munged_ends_the_container(slurm: Slurm) -> None:
     assert slurm.slurmd.wait_until_ended() != 0
     run([docker_cli(), "start", slurm.slurmd.name], timeout_s=30)
     slurm.wait_until_answering()
+
+
+def test_node_whose_clock_is_off_takes_no_jobs_and_comes_back_by_itself(
+    slurm: Slurm, network: str, start: Start
+) -> None:
+    def state() -> str:
+        return slurm.run("sinfo", "--noheader", "--format=%T %E", "--partition=normal").strip()
+
+    def look(ahead_s: str) -> str:
+        script = f"python3 -I -c '{LOOK_AT_CLOCKS}' {ahead_s} && sinfo --noheader --format='%T %E' --partition=normal"
+        return slurm.run("sh", "-c", script, user="slurm").strip()
+
+    where = ["--network", network, "--network-alias", "agent", "--hostname", "c1"]
+    start("agent", "python3", "-c", DOOR, options=[*where, "--no-healthcheck"])
+    off = "drained its clock is 600 s ahead of the head's"
+    wait_until(lambda: look("-600") == off, timeout_s=30, what="the node is drained")
+    wait_until(lambda: state() == "idle none", timeout_s=90, what="slurmctld's container sees that it is right")
+    assert slurm.script("hostname").strip() == "c1"
 
 
 def test_logs_hold_no_secret(slurm: Slurm, munge_key: Path) -> None:

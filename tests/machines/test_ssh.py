@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from machines.real import KNOWN_HOSTS, RealCluster, Record
+from machines.real import KNOWN_HOSTS, UP_TIMEOUT_S, RealCluster, Record
 from machines.virtual import NETWORK, VirtualMachine
 
 NOBODY = f"{NETWORK}.99"
@@ -97,12 +97,14 @@ def test_key_of_an_agent(cluster: RealCluster, worker: VirtualMachine) -> None:
         cluster.head.run("mv elsewhere .ssh/id_ed25519").ok()
 
 
-def test_machine_that_is_down_is_named_and_jobs_on_the_others_go_on(
-    cluster: RealCluster, worker: VirtualMachine
-) -> None:
+@pytest.mark.usefixtures("worker")
+def test_machine_that_is_down_is_named_and_the_others_go_on(cluster: RealCluster) -> None:
     job = cluster.sbatch("sleep 5")
-    cluster.settings({"WORKER_ADDRS": f"{worker.addr} {NOBODY}"})
-    said = cluster.invoke("up", timeout_s=120)
+    cluster.settings({"WORKER_ADDRS": " ".join([*(machine.addr for machine in cluster.workers), NOBODY])})
+    said = cluster.invoke("up", timeout_s=UP_TIMEOUT_S)
     assert said.exit_status == 1
-    assert f"{NOBODY} cannot be reached by SSH" in said.output
+    assert f"left out: {NOBODY} cannot be reached by SSH" in said.output
+    assert "a job on each worker" in said.output
+    assert "this brings in who was left out: ./invoke up" in said.output.splitlines()[-1]
     cluster.wait_for_state(job, "COMPLETED")
+    assert set(cluster.nodes()) >= {machine.name for machine in cluster.workers}

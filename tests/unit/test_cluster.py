@@ -14,8 +14,7 @@ from cfiddle_cluster.calibration import Difference, Outcome
 from cfiddle_cluster.cluster import Cluster
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.facts import Silent
-from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.machines import Machine, Silent
 from cfiddle_cluster.state import State
 from cfiddle_cluster.upgrade import Patience
 from samples import config, machine
@@ -31,6 +30,7 @@ class World:
         self.changed: list[str] = []
         self.there = ["c1", "c2"]
         self.silent: set[str] = set()
+        self.without_firewall: set[str] = set()
         self.is_under_way = False
         self.patience: list[Patience] = []
         self.state = State(tmp_path / f"state-of-{tmp_path.name}")
@@ -73,8 +73,9 @@ class World:
         self._replace("users", "add", self._note("users.add", ada))
         self._replace("users", "import_users", self._note("users.import_users", [ada, ada]))
         self._replace("users", "remove", self._note("users.remove"))
-        self._replace("machines", "named", lambda machines: list(machines))
-        self._replace("machines", "answering", self._answering)
+        self._replace("machines", "named", self._named)
+        self._replace("machines", "reached", self._reached)
+        self._replace("machines", "answering", lambda machines: self._reached(machines)[0])
         self._replace("machines", "real_worker", lambda _config, _state, addr: machine(addr, addr=addr))
         self._replace("machines", "on_each", lambda machines, action: [action(found) for found in machines])
         self._replace("swarm", "worker_names", lambda: list(self.there))
@@ -113,8 +114,18 @@ class World:
         self.did.append("upgrade.roll_out")
         self.patience += [arg for arg in args if isinstance(arg, Patience)]
 
-    def _answering(self, machines: list[Machine]) -> list[Machine]:
-        return [found for found in machines if found.name not in self.silent]
+    def _reached(self, machines: Iterable[Machine]) -> tuple[list[Machine], list[Silent]]:
+        machines = list(machines)
+        silent = [found for found in machines if found.name in self.silent]
+        said = "{} cannot be reached by SSH:\nNo route to host".format
+        errors = [Silent(found, ClusterError(said(found.addr), f"ssh {found.addr}")) for found in silent]
+        return [found for found in machines if found not in silent], errors
+
+    def _named(self, machines: Iterable[Machine]) -> list[Machine]:
+        found, silent = self._reached(machines)
+        if silent:
+            raise silent[0].error
+        return found
 
     def cluster(self, **settings: str) -> Cluster:
         """Return the cluster of config.sh's defaults with some settings changed, as `Cluster.of` reads it."""
@@ -382,6 +393,116 @@ def test_worker_that_is_a_member_already_is_remembered_whatever_fails_afterwards
     assert _addresses(world) == ("10.0.0.2", "10.0.0.3", "10.0.0.4")
 
 
+# --- workers that cannot be reached ----------------------------------------------------------------------------------
+
+GONE = "10.0.0.3"
+
+
+@pytest.fixture
+def incomplete(world: World) -> World:
+    """Have two real workers, of which one cannot be reached."""
+    world.there = []
+    world.silent = {GONE}
+    return world
+
+
+def _told_of(world: World, address: str) -> set[str]:
+    """Return what was done with a machine."""
+    return {line.partition(" ")[0] for line in world.did if f"addr={address!r}" in line or line.endswith(address)}
+
+
+WITH_EACH = {
+    *("install", "swarm.ensure_joined", "swarm.ensure_labels", "registry.ensure_registry", "distribution.distribute"),
+    *("readiness.wait_until_ready", "calibration.ensure_calibrated", "distribution.remove_outdated"),
+}
+
+
+def test_worker_that_cannot_be_reached_is_named_and_the_others_go_on(
+    incomplete: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        incomplete.cluster(**REAL).up()
+    assert incomplete.verbs()[-1] == UP[-1]
+    assert _told_of(incomplete, "10.0.0.2") == WITH_EACH
+    assert _told_of(incomplete, GONE) == set()
+    assert str(caught.value).splitlines() == [
+        f"{GONE} cannot be reached by SSH:",
+        "No route to host",
+        f"→ ssh {GONE}",
+        "→ all else is done; when that is mended, this brings in who was left out: ./invoke up",
+    ]
+    said = capsys.readouterr()
+    assert f"left out: {GONE} cannot be reached by SSH\n" in said.err
+    assert "JupyterLab" in said.out
+
+
+def test_worker_that_was_left_out_is_a_worker_still_and_comes_in_with_the_next_up(incomplete: World) -> None:
+    with pytest.raises(ClusterError):
+        incomplete.cluster(**REAL).up()
+    assert not [verb for verb in incomplete.verbs() if "remove_node" in verb or "unlabel" in verb or "delete" in verb]
+    assert _addresses(incomplete) == ("10.0.0.2", GONE)
+    incomplete.silent.clear()
+    incomplete.did.clear()
+    incomplete.cluster(**REAL).up()
+    assert _told_of(incomplete, GONE) == WITH_EACH
+
+
+def test_each_of_several_is_named_with_its_own_mend(incomplete: World) -> None:
+    incomplete.silent.add("10.0.0.4")
+    with pytest.raises(ClusterError) as caught:
+        incomplete.cluster(WORKER_ADDRS=f"10.0.0.2 {GONE} 10.0.0.4").up()
+    assert f"→ ssh {GONE}\n" in str(caught.value)
+    assert "→ ssh 10.0.0.4\n" in str(caught.value)
+
+
+def test_a_step_s_task_fails_for_it_too_when_it_is_done(incomplete: World) -> None:
+    with pytest.raises(ClusterError, match=GONE):
+        incomplete.cluster(**REAL).up(until="machines")
+    assert incomplete.verbs()[-1] == "install"
+
+
+def test_where_no_worker_can_be_reached_nothing_is_brought_up(incomplete: World) -> None:
+    with pytest.raises(ClusterError, match=f"^machines: {GONE} cannot be reached"):
+        incomplete.cluster(WORKER_ADDRS=GONE).up()
+    assert "swarm.ensure_swarm" not in incomplete.verbs()
+    with pytest.raises(ClusterError, match=f"^{GONE} cannot be reached"):
+        incomplete.cluster(WORKER_ADDRS=f"10.0.0.1 {GONE}").up()  # the head is a worker
+    assert incomplete.verbs()[-1] == UP[-1]
+
+
+@pytest.mark.parametrize("is_under_way", [False, True])
+def test_an_upgrade_leaves_out_no_worker(incomplete: World, is_under_way: bool) -> None:
+    incomplete.is_under_way = is_under_way
+    cluster = incomplete.cluster(**REAL)
+    with pytest.raises(ClusterError, match=f"^machines: {GONE} cannot be reached") as caught:
+        cluster.up() if is_under_way else cluster.upgrade(drain_minutes="1", start_seconds="1")
+    assert "./invoke remove-worker" in caught.value.remedy
+    assert "swarm.ensure_swarm" not in incomplete.verbs()
+
+
+def test_a_cluster_is_restored_without_a_worker_that_cannot_be_reached(incomplete: World) -> None:
+    with pytest.raises(ClusterError, match=f"^{GONE} cannot be reached"):
+        incomplete.cluster(**REAL).restore(Path("backup"))
+    assert incomplete.verbs()[-1] == UP[-1]
+
+
+def test_worker_is_added_while_another_cannot_be_reached(incomplete: World) -> None:
+    with pytest.raises(ClusterError, match=f"^{GONE} cannot be reached"):
+        incomplete.cluster(**REAL).add_worker("10.0.0.4")
+    assert _addresses(incomplete) == ("10.0.0.2", GONE, "10.0.0.4")
+    assert _told_of(incomplete, "10.0.0.4") == WITH_EACH
+
+
+def test_worker_that_is_gone_before_it_has_joined_is_not_remembered(
+    incomplete: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module.machines, "named", lambda machines: list(machines))
+    incomplete.silent = {"10.0.0.4"}
+    with pytest.raises(ClusterError, match=r"^10\.0\.0\.4 cannot be reached"):
+        incomplete.cluster(**REAL).add_worker("10.0.0.4")
+    assert _addresses(incomplete) == ("10.0.0.2", GONE)
+
+
 def test_worker_that_was_removed_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.there = ["10.0.0.2", "10.0.0.3"]
     world.cluster(**REAL).remove_worker("10.0.0.3")
@@ -620,7 +741,7 @@ def walled(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     def ensure(settings: Config, _state: State, machines: Iterable[Machine]) -> list[Silent]:
         members = ",".join(addr.removeprefix("10.0.0.") for addr in settings.worker_addrs)
         world.did.append(f"firewall.ensure {addresses(machines)} for {members}")
-        return [Silent(machine(name), ClusterError(f"{name} is silent")) for name in world.silent]
+        return [Silent(machine(name), ClusterError(f"{name} is silent")) for name in world.without_firewall]
 
     def remove(machines: Iterable[Machine]) -> list[Silent]:
         world.did.append(f"firewall.remove {addresses(machines)}")
@@ -655,6 +776,13 @@ def test_machine_is_let_in_before_it_joins(walled: World) -> None:
     assert walled.did.index("firewall.ensure 1,2,3,4 for 2,3,4") < walled.verbs().index("swarm.ensure_joined")
 
 
+def test_machine_that_cannot_be_reached_stays_a_member_to_the_others(walled: World) -> None:
+    walled.there, walled.silent = [], {GONE}
+    with pytest.raises(ClusterError, match=GONE):
+        walled.cluster(**REAL).up()
+    assert _firewall(walled) == ["firewall.ensure 1,2 for 2,3"]
+
+
 def test_machine_that_could_not_join_is_let_out_again(walled: World) -> None:
     walled.failing["swarm.ensure_joined"] = ClusterError("no")
     with pytest.raises(ClusterError, match="no"):
@@ -663,7 +791,7 @@ def test_machine_that_could_not_join_is_let_out_again(walled: World) -> None:
 
 
 def test_up_ends_where_a_machine_s_firewall_cannot_be_set(walled: World) -> None:
-    walled.silent = {"c9"}
+    walled.without_firewall = {"c9"}
     with pytest.raises(ClusterError, match="c9 is silent"):
         walled.cluster(**REAL).up()
     assert "swarm.ensure_joined" not in walled.verbs()
@@ -676,7 +804,7 @@ def test_machine_that_leaves_is_let_out(walled: World) -> None:
 
 
 def test_machine_that_is_lost_is_let_in_no_more(walled: World, capsys: pytest.CaptureFixture[str]) -> None:
-    walled.silent = {"10.0.0.3"}
+    walled.silent = walled.without_firewall = {"10.0.0.3"}
     walled._replace("swarm", "address_of", lambda name: name)
     walled.cluster(**REAL).remove_worker("10.0.0.3")
     assert _firewall(walled) == ["firewall.remove ", "firewall.ensure 1,2 for 2"]
@@ -710,6 +838,6 @@ def test_firewall_is_set_and_unset_and_shown(walled: World, capsys: pytest.Captu
 
 
 def test_machine_that_cannot_be_set_makes_the_command_fail(walled: World, capsys: pytest.CaptureFixture[str]) -> None:
-    walled.silent = {"c9"}
+    walled.without_firewall = {"c9"}
     assert walled.cluster(**REAL).firewall(set_=True, unset=False) == 1
     assert "c9 is silent" in capsys.readouterr().err

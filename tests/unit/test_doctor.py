@@ -13,9 +13,9 @@ from cfiddle_cluster import doctor, homes
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.doctor import MEND, NOTE, OK, Finding
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.facts import Facts, Silent
+from cfiddle_cluster.facts import Facts
 from cfiddle_cluster.firewall import Wall
-from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.machines import Machine, Silent
 from cfiddle_cluster.state import State
 from samples import config, machine
 

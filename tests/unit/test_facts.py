@@ -9,8 +9,8 @@ import pytest
 
 from cfiddle_cluster import facts
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.facts import Facts, Silent, gather, parse
-from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.facts import Facts, gather, parse
+from cfiddle_cluster.machines import Machine, Silent
 
 HERE = Machine(name="here", addr="127.0.0.1", roles=frozenset({"head"}))
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,6 +191,15 @@ def test_machines_that_answer_are_named_and_the_others_left_out(tmp_path: Path) 
     assert [(m.name, m.addr) for m in found] == [(os.uname().nodename.partition(".")[0], "addr-unnamed")]
 
 
+def test_machines_that_cannot_be_reached_are_told_with_the_reason(tmp_path: Path) -> None:
+    changed = _fake_ssh(tmp_path, "REMOTE HOST IDENTIFICATION HAS CHANGED!\nHost key verification failed.")
+    there, [silent] = machines.reached([changed, machine("unnamed")])
+    assert [found.addr for found in there] == ["addr-unnamed"]
+    assert silent.machine == changed
+    assert "another host key" in silent.error.message
+    assert "ssh-keygen -f /known -R 10.0.0.2" in silent.error.remedy
+
+
 # --- which machines there are ----------------------------------------------------------------------------------------
 
 
@@ -227,9 +237,14 @@ def test_without_a_key_of_its_own_ssh_s_and_its_agent_s_are_tried(tmp_path: Path
     assert not found.sudo
 
 
+@pytest.mark.parametrize("ask", [machines.named, lambda listed: machines.reached(listed)[0]], ids=["named", "reached"])
 @pytest.mark.parametrize(("has_terminal", "asked"), [(True, ["c2", "c3"]), (False, [])])
 def test_unknown_host_keys_are_asked_about_one_by_one_where_there_is_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_terminal: bool, asked: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_terminal: bool,
+    asked: list[str],
+    ask: Callable[[list[Machine]], list[Machine]],
 ) -> None:
     known = tmp_path / "known_hosts"
     known.write_text("c1 ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8hQhP0Xk1Z0m3U4s6m2d5b1nJp4m6dX0m3U4s6m2d5\n")
@@ -249,7 +264,7 @@ esac
     words = ("-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=yes")
     real = [replace(reached_by(ssh, *words, name), addr=name) for name in ("c1", "c2", "c3")]
     monkeypatch.setattr(machines, "_has_terminal", lambda: has_terminal)
-    found = machines.named([*real, replace(reached_by(ssh, *words, "c4"), addr="c4", simulated=True), machine("head")])
+    found = ask([*real, replace(reached_by(ssh, *words, "c4"), addr="c4", simulated=True), machine("head")])
     log = tmp_path / "asked"
     assert (log.read_text().split() if log.exists() else []) == asked
     assert not (tmp_path / "two-at-once").exists()

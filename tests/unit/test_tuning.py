@@ -10,8 +10,8 @@ import pytest
 
 from cfiddle_cluster import tuning
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.facts import Facts, Silent
-from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.facts import Facts
+from cfiddle_cluster.machines import Machine, Silent
 from cfiddle_cluster.slurm import Node
 from cfiddle_cluster.state import State
 from samples import config, machine
