@@ -154,7 +154,7 @@ class VirtualMachine:
         outside = f"user,id=outside,hostfwd=tcp:127.0.0.1:{FIRST_PORT + self._number}-:22"
         argv = [
             *_DIE_WITH_US,
-            *("qemu-system-x86_64", "-name", self.name),
+            *("nice", "-n", "19", "qemu-system-x86_64", "-name", self.name),
             *_BARE,
             *(_BY_KVM if kvm else _EMULATED),
             *("-smp", str(self._cpus), "-m", str(MEMORY_MB)),
