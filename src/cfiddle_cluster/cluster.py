@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,7 +149,7 @@ class Cluster:
         steps: dict[str, tuple[str, Callable[[], object]]] = {
             "engine": ("packages, Docker Engine, secrets", engine_),
             "images": ("images", images_),
-            "machines": ("machines", lambda: self._ensure_machines(built["machine"])),
+            "machines": ("machines", lambda: self._ensure_machines(built)),
             "swarm": ("swarm", self._ensure_swarm),
             "labels": ("labels", lambda: swarm.ensure_labels(self._head, self._machines())),
             "homes": ("home directories", lambda: homes.ensure_homes(self.config)),
@@ -203,11 +203,11 @@ class Cluster:
         remote = [addr for addr in self.config.worker_addrs if addr != self.config.head_addr]
         return [machines.real_worker(self.config, self.state, addr) for addr in remote]
 
-    def _ensure_machines(self, image: str) -> None:
+    def _ensure_machines(self, built: Mapping[str, str]) -> None:
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
             homes.ensure_root(self.config)  # they have it mounted from their first moment
-            simulated.ensure_machines(self.config, self.state, names, image)
+            simulated.ensure_machines(self.config, self.state, names, built["machine"])
         elif left := simulated.existing():
             raise ClusterError(
                 f"WORKER_ADDRS names real machines, and the simulated ones {', '.join(left)} are still there",

@@ -117,9 +117,14 @@ IMAGES = {
 }
 
 
+def needed(config: Config) -> list[str]:
+    """Return the names of the images that the cluster needs: that of a simulated machine where there are such."""
+    return [name for name in IMAGES if name != "machine" or config.simulated]
+
+
 def built(config: Config) -> dict[str, str]:
     """Return the references of the images that this checkout stands for, by name, whether they exist or not."""
-    return {name: reference(config, name) for name in IMAGES}
+    return {name: reference(config, name) for name in needed(config)}
 
 
 def reference(config: Config, name: str) -> str:
@@ -137,13 +142,18 @@ def reference(config: Config, name: str) -> str:
     return f"{image.repository}:{digest.hexdigest()[:12]}"
 
 
-def build(config: Config, report: Callable[[str], None] = print, names: Iterable[str] = IMAGES) -> dict[str, str]:
+def build(config: Config, report: Callable[[str], None] = print, names: Iterable[str] | None = None) -> dict[str, str]:
     """Build those of the named images (and of their parents) that do not exist yet; return all references by name.
+
+    Args:
+        config: the administrator's settings.
+        report: is told what is built.
+        names: which; all that the cluster needs if left out.
 
     Raises:
         ClusterError: a build fails, or the images are not of one Debian release and one Python.
     """
-    wanted = _with_parents(names)
+    wanted = _with_parents(needed(config) if names is None else names)
     references = {name: reference(config, name) for name in wanted}
     missing = [name for name in wanted if references[name] not in existing()]
     if missing:
