@@ -122,6 +122,8 @@ class Cluster:
         identities: dict[str, calibration.Identity] = {}
 
         def images_() -> None:
+            if images.needs_debian(self.config):
+                packages.ensure_packages([images.BOOTSTRAP])
             built.update(images.build(self.config, report.note))
 
         def registry_() -> None:

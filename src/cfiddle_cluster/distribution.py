@@ -15,6 +15,7 @@ from cfiddle_cluster.images import IMAGES
 from cfiddle_cluster.machines import Machine, on_each
 from cfiddle_cluster.registry import Registry, RegistryUnreachable
 from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import PATIENCE
 
 TRANSFER_TIMEOUT_S = 3600.0
 
@@ -163,11 +164,13 @@ def copy(machine: Machine, images: Mapping[str, str]) -> None:
         assert save.stderr
         save.stdout.close()
         try:
-            said, _ = load.communicate(timeout=TRANSFER_TIMEOUT_S)
+            said, _ = load.communicate(timeout=TRANSFER_TIMEOUT_S * PATIENCE)
         except subprocess.TimeoutExpired as error:
             load.kill()
             save.kill()
-            raise ClusterError(f"copying images to {machine.name} took over {TRANSFER_TIMEOUT_S:.0f} s") from error
+            raise ClusterError(
+                f"copying images to {machine.name} took over {TRANSFER_TIMEOUT_S * PATIENCE:.0f} s"
+            ) from error
         complaint = save.stderr.read()
     if load.returncode or save.returncode:
         output = (complaint + said).decode(errors="replace").strip()

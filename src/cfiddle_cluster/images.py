@@ -23,6 +23,9 @@ BUILD_TIMEOUT_S = 1800
 _AT_ONCE = 3
 """A build waits for the network as often as for a CPU."""
 
+BOOTSTRAP = "mmdebstrap"
+"""The package that makes the Debian which the base is built on, where none can be pulled."""
+
 TASK_IMAGE = "my_task_image:latest"
 """What the image `task` is called on an engine where people work without a cluster."""
 
@@ -161,6 +164,11 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
             _build_all(config, missing, references, Path(scratch), report)
         ensure_one_python(references)
     return references
+
+
+def needs_debian(config: Config) -> bool:
+    """Tell whether a build would begin with the bare Debian; where the base was built or loaded it does not."""
+    return reference(config, "base") not in existing()
 
 
 def _build_all(

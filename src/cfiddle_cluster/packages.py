@@ -17,7 +17,7 @@ from cfiddle_cluster.state import State
 INSTALL_TIMEOUT_S = 900
 FIRST_WITH_PLUGIN = 23
 
-COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
+COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "ip": "iproute2"}
 """The commands that the head needs, and the packages of Debian and Ubuntu that have them."""
 
 TEST_COMMANDS = {"sudo": "sudo", "sshd": "openssh-server"}

@@ -12,6 +12,9 @@ from cfiddle_cluster.config import STACK
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.wait import wait_until
 
+START_PERIOD_S = 300.0
+"""Seconds in which a health check that fails is not counted, from a container's start: a machine may be slow or busy."""
+
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
 
