@@ -13,7 +13,7 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.wait import wait_until
 
 START_PERIOD_S = 300.0
-"""Seconds in which a health check that fails is not counted, from a container's start: a machine may be slow or busy."""
+"""Seconds from a container's start in which a health check that fails is not counted: a machine may be slow or busy."""
 
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""

@@ -52,9 +52,8 @@ def copy_checkout(target: Path) -> None:
 def make_disks(directory: Path) -> tuple[Path, Path]:
     """Return two disks: one that is carried to the head, with a checkout, and one with its images for every engine.
 
-    The images are built on this machine, and reach the machines as an engine has them. To load a file with them takes an
-    emulated machine, which hashes and unpacks each layer, longer than all tests together; `IMAGE_FILE` on the first disk
-    has one for a test of that.
+    The images are built on this machine, and reach the others as an engine keeps them. An emulated machine takes too
+    long to load all of them from a file: it hashes and unpacks each layer. `IMAGE_FILE` on the first disk has one.
     """
     content = directory / "stick"
     copy_checkout(content / "cfiddle-cluster")
@@ -81,7 +80,7 @@ def make_disk(disk: Path, content: Path, *options: str, size: int = 0) -> Path:
 def copy_images(store: Path, references: Sequence[str]) -> None:
     """Have images as an engine keeps them below /var/lib/docker, by copying them from this machine's.
 
-    An engine with the driver overlay2 reads what an older one wrote: github.com/moby/moby, image/fs.go and layer/filestore.go.
+    An engine with the driver overlay2 reads what an older one wrote: image/fs.go, layer/filestore.go of moby/moby.
     """
     driver, root = run([docker_cli(), "info", "--format", "{{.Driver}} {{.DockerRootDir}}"]).ok().split()
     assert driver == "overlay2", f"this machine's engine keeps its images by {driver}"
