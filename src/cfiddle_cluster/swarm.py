@@ -23,8 +23,8 @@ BRIDGE = "docker_gwbridge"
 """The network that an engine makes when it first joins a swarm, and never takes away."""
 JOIN_TIMEOUT_S = 60
 HEARTBEAT_S = 15
-"""How often members tell the manager that they are there; after three times as long they are given up, and what runs on
-them is stopped when they come back. At Swarm's own 5 s half a minute without a network would end all jobs of a worker."""
+"""How often members tell the manager that they are there; after three times as long they are given up, and what runs
+there is stopped when they come back. At Swarm's own 5 s half a minute without a network ended all jobs of a worker."""
 TELL_TIMEOUT_S = 10
 MADE_BY_US = "swarm.json"
 """The file of the state that says which swarm `up` made, and so `down` may leave."""
