@@ -19,9 +19,9 @@ from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each
-from cfiddle_cluster.services import START_PERIOD_S, is_manager
+from cfiddle_cluster.services import HEALTH_S, health_s, is_manager
 from cfiddle_cluster.state import State
-from cfiddle_cluster.wait import PATIENCE, wait_until
+from cfiddle_cluster.wait import wait_until
 
 SERVICE = "cfiddle-registry"
 VOLUME = "cfiddle-registry"
@@ -269,7 +269,7 @@ def _create_service(
                 mode=0o444,
             )
         ],
-        healthcheck=Healthcheck(start_period=int(START_PERIOD_S * PATIENCE) * _SECOND_NS),
+        healthcheck=Healthcheck(**{name: health_s(name) * _SECOND_NS for name in HEALTH_S}),
         restart_policy=RestartPolicy(condition="any", delay=_SECOND_NS),
         stop_grace_period=10 * _SECOND_NS,
     )

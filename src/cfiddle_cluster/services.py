@@ -10,13 +10,19 @@ from cfiddle_cluster import engine
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import STACK
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until
 
-START_PERIOD_S = 300.0
-"""Seconds from a container's start in which a health check that fails is not counted: a machine may be slow or busy."""
+HEALTH_S = {"interval": 1, "timeout": 50, "start_period": 300}
+"""When the health checks of the images are made, in seconds, before patience. One that fails in the start period is not
+counted: a machine may be slow or busy. To make one costs an emulated machine seconds of its CPU."""
 
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
+
+
+def health_s(name: str) -> int:
+    """Return one of `HEALTH_S`, with patience."""
+    return int(HEALTH_S[name] * PATIENCE)
 
 
 def services() -> list[Service]:

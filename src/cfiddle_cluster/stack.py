@@ -24,8 +24,9 @@ from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.services import (
+    HEALTH_S,
     NAMESPACE,
-    START_PERIOD_S,
+    health_s,
     is_manager,
     live_tasks,
     running_tasks,
@@ -33,7 +34,7 @@ from cfiddle_cluster.services import (
     wait_until_healthy,
 )
 from cfiddle_cluster.state import State
-from cfiddle_cluster.wait import PATIENCE, wait_until
+from cfiddle_cluster.wait import wait_until
 
 SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority", "user-registry-password", "registry-key")
 CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
@@ -277,7 +278,7 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "USER_REGISTRY": registry.users_address(config),
         "USER_REGISTRY_PORT": str(config.user_registry_port),
         "SSH_PORT": _number(config.ssh_port),
-        "START_PERIOD": f"{START_PERIOD_S * PATIENCE:.0f}s",
+        **{f"HEALTH_{name.upper()}": f"{health_s(name)}s" for name in HEALTH_S},
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
         "SLURMD_BUFFER_CPUS": str(buffer.cpus),

@@ -120,9 +120,10 @@ def test_simulated_workers_say_what_config_sh_says_and_real_ones_what_they_have(
 
 @pytest.mark.parametrize("patience", [1, 12])
 def test_no_service_is_replaced_because_it_starts_slowly(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
-    monkeypatch.setattr(stack, "PATIENCE", patience)
-    assert {service["healthcheck"]["start_period"] for service in SERVICES.values()} == {"${START_PERIOD}"}
-    assert values()["START_PERIOD"] == f"{300 * patience}s"
+    monkeypatch.setattr("cfiddle_cluster.services.PATIENCE", patience)
+    assert {service["healthcheck"]["start_period"] for service in SERVICES.values()} == {"${HEALTH_START_PERIOD}"}
+    assert values()["HEALTH_START_PERIOD"] == f"{300 * patience}s"
+    assert values()["HEALTH_INTERVAL"] == f"{patience}s"
 
 
 def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
