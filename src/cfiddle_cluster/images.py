@@ -158,7 +158,8 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
     """
     wanted = _with_parents(needed(config) if names is None else names)
     references = {name: reference(config, name) for name in wanted}
-    missing = [name for name in wanted if references[name] not in existing()]
+    there = existing()
+    missing = [name for name in wanted if references[name] not in there]
     if missing:
         with tempfile.TemporaryDirectory(prefix="cfiddle-build-") as scratch:
             _build_all(config, missing, references, Path(scratch), report)

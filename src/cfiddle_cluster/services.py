@@ -1,8 +1,10 @@
 """The services of the stack as they run: what is there, what is healthy, and the containers on this machine."""
 
 from collections.abc import Collection, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
+from docker.errors import APIError
 from docker.models.containers import Container
 from docker.models.services import Service
 
@@ -115,7 +117,14 @@ def live_tasks() -> list[dict[str, Any]]:
 
 def is_manager() -> bool:
     """Tell whether this machine's engine manages a swarm."""
-    return bool(engine.client().info()["Swarm"]["ControlAvailable"])
+    # Not by /info, for which an engine starts runc and others to ask for their versions, each time.
+    try:
+        engine.client().api.inspect_swarm()
+    except APIError as error:
+        if error.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return False
+        raise
+    return True
 
 
 def _wanted(service: Service) -> int:

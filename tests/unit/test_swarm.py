@@ -101,6 +101,8 @@ class FakeEngine:
         return self.members
 
     def inspect_swarm(self) -> dict[str, Any]:
+        if not self.is_manager:
+            raise APIError("This node is not a swarm manager", response=SimpleNamespace(status_code=503))
         spec = {"Name": "default", "Dispatcher": {"HeartbeatPeriod": self.heartbeat_ns}}
         return {"ID": "swarm-1", "JoinTokens": {"Worker": TOKEN}, "Version": {"Index": 7}, "Spec": spec}
 
