@@ -26,7 +26,7 @@ from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.config import STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import SECRETS, State
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until
 
 VERSION = 2
 """Of the archive's layout; another one is refused."""
@@ -271,7 +271,7 @@ def _load_accounting(dump: IO[bytes] | gzip.GzipFile) -> None:
 
 
 def _check(process: "subprocess.Popen[bytes]", errors: IO[bytes], what: str) -> None:
-    status = process.wait(timeout=DUMP_TIMEOUT_S)
+    status = process.wait(timeout=DUMP_TIMEOUT_S * PATIENCE)
     if status:
         errors.seek(0)
         raise ClusterError(

@@ -253,17 +253,9 @@ def _measure(workers: Sequence[Machine], nodes: Mapping[str, slurm.Node], *, at_
 
 def _run(worker: Machine, node: slurm.Node) -> Figures | None:
     if node.is_idle:
-        options = [
-            "--job-name=calibration",
-            "--partition=normal",
-            f"--nodelist={worker.name}",
-            "--ntasks=1",
-            "--time=1",
-        ]
+        options = ["--job-name=calibration", "--partition=normal", f"--nodelist={worker.name}"]
         try:
-            said = slurm.slurm(
-                ["srun", "--chdir=/", "--immediate=5", *options, PROGRAM], user=slurm.PROBE, timeout_s=TIMEOUT_S
-            )
+            said = slurm.slurm([*slurm.SHORT_JOB, *options, PROGRAM], user=slurm.PROBE, timeout_s=TIMEOUT_S)
         except ClusterError:
             if slurm.nodes()[worker.name].is_idle:
                 raise

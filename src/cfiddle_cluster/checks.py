@@ -41,6 +41,7 @@ _SHELLS = ("#!/usr/bin/env bash", "#!/bin/bash", "#!/bin/sh", "#!/bin/dash")
 def main(config: Config) -> int:
     """Run every check; return how many found something."""
     root = config.root
+    packages.ensure_development_packages(root)
     scripts = [str(path.relative_to(root)) for path in shell_scripts(root)]
     tool = Path(sys.executable).parent
     commands: dict[str, Sequence[str | Path]] = {
@@ -66,10 +67,15 @@ def main(config: Config) -> int:
 
 def test(config: Config, arguments: Sequence[str], *, quick: bool) -> int:
     """Run pytest on the cluster that is up, if `quick` without the tests marked slow; return its exit status."""
-    packages.ensure_test_commands()
-    sys.stdout.flush()
+    _ensure_tests_can_run(config)
     marked = ["-m", "not slow"] if quick else []
     return max(_pytest(config, [*marked, *options]) for options in ([arguments] if arguments else TEST_RUNS))
+
+
+def _ensure_tests_can_run(config: Config) -> None:
+    packages.ensure_test_commands()
+    packages.ensure_development_packages(config.root)
+    sys.stdout.flush()
 
 
 def _pytest(config: Config, options: Sequence[str]) -> int:
@@ -80,6 +86,7 @@ def _pytest(config: Config, options: Sequence[str]) -> int:
 def test_machines(config: Config, arguments: Sequence[str]) -> int:
     """Run pytest on virtual machines of its own, emulated where they must be; return its exit status."""
     packages.refuse_missing_machines_test_commands()
+    packages.ensure_development_packages(config.root)
     os.environ.setdefault("CFIDDLE_PATIENCE", MACHINES_PATIENCE)
     sys.stdout.flush()
     return _pytest(config, ["--durations=30", *(arguments or ["tests/machines"])])
@@ -95,8 +102,7 @@ def benchmark(config: Config, which: str) -> int:
 
 def prove(config: Config, arguments: Sequence[str]) -> int:
     """Weaken the cluster that is up, attack by attack, and see each succeed; return 1 if one did not."""
-    packages.ensure_test_commands()
-    sys.stdout.flush()
+    _ensure_tests_can_run(config)
     argv = [sys.executable, "tests/prove.py", *arguments]
     return subprocess.run(argv, cwd=config.root, check=False).returncode
 
@@ -176,6 +182,13 @@ def lock_faults(root: Path) -> list[str]:
         for place in ("sandbox", "worker")
         for name, version in pinned.get(place, {}).items()
         if user.get(name) != version
+    ]
+    # Both are installed into one environment.
+    admin = pinned.get("admin", {})
+    faults += [
+        f"development.lock has {name} {version}, and admin.lock {admin[name]}"
+        for name, version in pinned.get("development", {}).items()
+        if admin.get(name, version) != version
     ]
     return faults
 

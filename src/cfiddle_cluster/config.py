@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.wait import PATIENCE
 
 CLUSTER = "cfiddle"
 STACK = "slurm-stack"
@@ -215,10 +216,17 @@ def _read(path: Path) -> dict[str, str]:
     argv = ["env", "-i", *_KEPT, "bash", "--noprofile", "--norc", "-c", _READ, "bash", str(path), " ".join(KNOBS)]
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=READ_TIMEOUT_S
+            argv,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=READ_TIMEOUT_S * PATIENCE,
         )
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"config.sh does not end within {READ_TIMEOUT_S} s", "it must only set things") from error
+        raise ClusterError(
+            f"config.sh does not end within {READ_TIMEOUT_S * PATIENCE:.0f} s", "it must only set things"
+        ) from error
     if done.returncode:
         raise ClusterError(f"config.sh cannot be read:\n{done.stderr.strip()}", "correct the line it names")
     words = done.stdout.split("\0")[:-1]

@@ -15,6 +15,7 @@ from cfiddle_cluster.images import IMAGES
 from cfiddle_cluster.machines import Machine, on_each
 from cfiddle_cluster.registry import Registry, RegistryUnreachable
 from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import PATIENCE
 
 TRANSFER_TIMEOUT_S = 3600.0
 
@@ -64,7 +65,8 @@ def distribute(
 ) -> dict[str, str]:
     """Have the images of its roles on every machine, and return by what reference the engines know each.
 
-    Images that only the head runs stay where they were built and are known by their id, which Swarm never pulls.
+    Images that only the head runs stay where they were built and are known by their id, which Swarm never pulls. So are
+    those that were never pushed, and that a worker has all the same, since somebody has carried them there in a file.
 
     Args:
         machines: the head and all workers.
@@ -79,17 +81,21 @@ def distribute(
     travelling = [name for name in ids if any(IMAGES[name].roles & machine.roles for machine in remote)]
     if not travelling:
         return ids
+    pushed: dict[str, str] = {}
     try:
         target = registry.of(config, state)
-        pushed = push(target, {name: built[name] for name in travelling})
+        there = set[str]().union(*on_each(remote, image_ids))
+        carried = {name for name in travelling if ids[name] in there and not _pushed(target, name, built[name])}
+        pushed = push(target, {name: built[name] for name in travelling if name not in carried})
         failures = on_each(remote, lambda machine: pull(machine, target, _of_roles(machine, pushed), built))
         obstacle = next(filter(None, failures), None)
     except RegistryUnreachable as error:
         obstacle = error.message
     if obstacle:
         report(f"over SSH, because {obstacle}")
-        on_each(remote, lambda machine: copy(machine, {built[name]: ids[name] for name in _of_roles(machine, ids)}))
-        return ids
+        pushed = {}
+    left = {name: image_id for name, image_id in ids.items() if name not in pushed}
+    on_each(remote, lambda machine: copy(machine, {built[name]: ids[name] for name in _of_roles(machine, left)}))
     return ids | pushed
 
 
@@ -115,6 +121,8 @@ def pull(machine: Machine, target: Registry, references: Mapping[str, str], buil
     Raises:
         ClusterError: it cannot be reached, it has no room, or the registry refuses the password.
     """
+    if not references:
+        return None
     script = _PULL.replace("{docker_config}", target.docker_config)
     arguments = [f"{reference}={built[name]}" for name, reference in references.items()]
     try:
@@ -138,7 +146,7 @@ def copy(machine: Machine, images: Mapping[str, str]) -> None:
     Raises:
         ClusterError: it fails; the message holds what the other engine said.
     """
-    there = machine.run(["docker", "image", "ls", "--quiet", "--no-trunc"], timeout_s=60).split()
+    there = image_ids(machine) if images else set()
     missing = [reference for reference, image_id in images.items() if image_id not in there]
     if not missing:
         return
@@ -156,11 +164,13 @@ def copy(machine: Machine, images: Mapping[str, str]) -> None:
         assert save.stderr
         save.stdout.close()
         try:
-            said, _ = load.communicate(timeout=TRANSFER_TIMEOUT_S)
+            said, _ = load.communicate(timeout=TRANSFER_TIMEOUT_S * PATIENCE)
         except subprocess.TimeoutExpired as error:
             load.kill()
             save.kill()
-            raise ClusterError(f"copying images to {machine.name} took over {TRANSFER_TIMEOUT_S:.0f} s") from error
+            raise ClusterError(
+                f"copying images to {machine.name} took over {TRANSFER_TIMEOUT_S * PATIENCE:.0f} s"
+            ) from error
         complaint = save.stderr.read()
     if load.returncode or save.returncode:
         output = (complaint + said).decode(errors="replace").strip()
@@ -169,18 +179,29 @@ def copy(machine: Machine, images: Mapping[str, str]) -> None:
         raise ClusterError(f"images could not be copied to {machine.name} over SSH:\n{output}", "./invoke doctor")
 
 
+def image_ids(machine: Machine) -> set[str]:
+    """Return the ids of the images that a machine's engine has."""
+    return set(machine.run(["docker", "image", "ls", "--quiet", "--no-trunc"], timeout_s=60).split())
+
+
 def remove_outdated(machines: Collection[Machine], built: Mapping[str, str]) -> None:
     """Remove the cluster's images that are not of this checkout, except those that a container still uses."""
     on_each(machines, lambda machine: machine.script(_REMOVE_OUTDATED, [LABEL, *built.values()], timeout_s=300))
 
 
+def _pushed(target: Registry, name: str, reference: str) -> list[str]:
+    """Return by what references the registry has been given an image, whether it still has it or not."""
+    known = engine.client().images.get(reference).attrs["RepoDigests"]
+    return [digest for digest in known if digest.startswith(f"{target.repository(name)}@")]
+
+
 def _push(target: Registry, name: str, reference: str) -> str:
+    for known in _pushed(target, name, reference):
+        if _has(target, known):
+            return known
     client = engine.client()
     repository = target.repository(name)
     image = client.images.get(reference)
-    for known in image.attrs["RepoDigests"]:
-        if known.startswith(f"{repository}@") and _has(target, known):
-            return str(known)
     tag = reference.rpartition(":")[2]
     image.tag(repository, tag)
     for event in client.api.push(repository, tag, auth_config=target.auth_config, stream=True, decode=True):

@@ -23,6 +23,9 @@ BUILD_TIMEOUT_S = 1800
 _AT_ONCE = 3
 """A build waits for the network as often as for a CPU."""
 
+BOOTSTRAP = "mmdebstrap"
+"""The package that makes the Debian which the base is built on, where none can be pulled."""
+
 TASK_IMAGE = "my_task_image:latest"
 """What the image `task` is called on an engine where people work without a cluster."""
 
@@ -117,9 +120,14 @@ IMAGES = {
 }
 
 
+def needed(config: Config) -> list[str]:
+    """Return the names of the images that the cluster needs: that of a simulated machine where there are such."""
+    return [name for name in IMAGES if name != "machine" or config.simulated]
+
+
 def built(config: Config) -> dict[str, str]:
     """Return the references of the images that this checkout stands for, by name, whether they exist or not."""
-    return {name: reference(config, name) for name in IMAGES}
+    return {name: reference(config, name) for name in needed(config)}
 
 
 def reference(config: Config, name: str) -> str:
@@ -137,20 +145,31 @@ def reference(config: Config, name: str) -> str:
     return f"{image.repository}:{digest.hexdigest()[:12]}"
 
 
-def build(config: Config, report: Callable[[str], None] = print, names: Iterable[str] = IMAGES) -> dict[str, str]:
+def build(config: Config, report: Callable[[str], None] = print, names: Iterable[str] | None = None) -> dict[str, str]:
     """Build those of the named images (and of their parents) that do not exist yet; return all references by name.
+
+    Args:
+        config: the administrator's settings.
+        report: is told what is built.
+        names: which; all that the cluster needs if left out.
 
     Raises:
         ClusterError: a build fails, or the images are not of one Debian release and one Python.
     """
-    wanted = _with_parents(names)
+    wanted = _with_parents(needed(config) if names is None else names)
     references = {name: reference(config, name) for name in wanted}
-    missing = [name for name in wanted if references[name] not in existing()]
+    there = existing()
+    missing = [name for name in wanted if references[name] not in there]
     if missing:
         with tempfile.TemporaryDirectory(prefix="cfiddle-build-") as scratch:
             _build_all(config, missing, references, Path(scratch), report)
         ensure_one_python(references)
     return references
+
+
+def needs_debian(config: Config) -> bool:
+    """Tell whether a build would begin with the bare Debian; where the base was built or loaded it does not."""
+    return reference(config, "base") not in existing()
 
 
 def _build_all(

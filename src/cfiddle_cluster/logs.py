@@ -11,9 +11,10 @@ from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
+from cfiddle_cluster.wait import PATIENCE
 
 REGISTRY = "cfiddle-registry"
-TIMEOUT_S = 120
+TIMEOUT_S = 120 * PATIENCE
 LEAST_SECRET_LENGTH = 8
 
 
@@ -39,7 +40,7 @@ def show(service: str = "") -> None:
         except subprocess.TimeoutExpired as error:
             # The engine waits for ever where it has lost one of the service's earlier containers.
             raise ClusterError(
-                f"the engine has not come to the end of the log of {name} within {TIMEOUT_S} s",
+                f"the engine has not come to the end of the log of {name} within {TIMEOUT_S:.0f} s",
                 "docker logs, on the machine where its container runs, shows the rest",
             ) from error
 
@@ -125,7 +126,7 @@ def _output(argv: list[str]) -> str:
     try:
         done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(errors="replace") + f"\n(cut: not complete after {TIMEOUT_S} s)\n"
+        return (error.stdout or b"").decode(errors="replace") + f"\n(cut: not complete after {TIMEOUT_S:.0f} s)\n"
     return done.stdout.decode(errors="replace")
 
 

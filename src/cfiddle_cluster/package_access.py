@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cfiddle_cluster.commands import run
+from cfiddle_cluster.wait import PATIENCE
 
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
 DEBIAN_SECURITY_MIRROR = "http://deb.debian.org/debian-security"
@@ -103,7 +104,11 @@ def _pip_configuration(mounted_at: str) -> Iterator[str]:
 def _pip_settings() -> dict[str, str]:
     """Return what pip on this machine knows of package indexes, from its files and its environment."""
     listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        timeout=60 * PATIENCE,
+        check=False,
     )
     settings: dict[str, str] = {}
     for line in listed.stdout.splitlines():

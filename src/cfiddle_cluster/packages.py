@@ -1,8 +1,10 @@
 """What the head's operating system must have: packages, and a running engine."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from cfiddle_cluster.state import State
 INSTALL_TIMEOUT_S = 900
 FIRST_WITH_PLUGIN = 23
 
-COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
+COMMANDS = {"ssh": "openssh-client", "openssl": "openssl", "ip": "iproute2"}
 """The commands that the head needs, and the packages of Debian and Ubuntu that have them."""
 
 TEST_COMMANDS = {"sudo": "sudo", "sshd": "openssh-server"}
@@ -82,6 +84,29 @@ def ensure_test_commands() -> None:
     finally:
         if is_new_server:
             run(["systemctl", "unmask", "--runtime", *_SSH_UNITS], timeout_s=60)
+
+
+def ensure_development_packages(root: Path) -> None:
+    """Have what checks and tests need of Python in the environment that runs this, as a checkout's lock file says.
+
+    Raises:
+        ClusterError: pip fails.
+    """
+    lock, installed = root / "requirements" / "development.lock", Path(sys.prefix) / "development-from"
+    with open(f"{sys.prefix}.lock", "w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        if installed.exists() and installed.read_bytes() == lock.read_bytes():
+            return
+        print(f"installing {lock.relative_to(root)}, once", file=sys.stderr, flush=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
+        try:
+            run([*pip, "--requirement", lock], timeout_s=INSTALL_TIMEOUT_S)
+        except CommandError as error:
+            raise ClusterError(
+                f"the Python packages of requirements/{lock.name} cannot be installed:\n{error.output}",
+                "mend what pip says; this machine must reach a package index, or a mirror set in pip.conf",
+            ) from error
+        shutil.copyfile(lock, installed)
 
 
 def refuse_missing_machines_test_commands() -> None:

@@ -77,9 +77,9 @@ def _ensure_proof(name: str) -> Identity | None:
 
 def _run_job(name: str) -> Identity:
     """Run a job on an idle worker and wait for its record; return which machine it says it is."""
-    options = ["--job-name=ready", "--partition=shared", f"--nodelist={name}", "--ntasks=1", "--mem=1", "--time=1"]
+    options = ["--job-name=ready", "--partition=shared", f"--nodelist={name}", "--mem=1"]
     script = f'echo "$SLURMD_NODENAME $SLURM_JOB_ID" && exec {PROGRAM} identity'
-    command = ["srun", "--chdir=/", "--immediate=5", *options, "sh", "-c", script]
+    command = [*slurm.SHORT_JOB, *options, "sh", "-c", script]
     said, identity = slurm.slurm(command, user=slurm.PROBE, timeout_s=JOB_TIMEOUT_S).splitlines()
     where, job = said.split()
     if where != name:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from docker import DockerClient
 from docker.errors import APIError, NotFound
-from docker.types import ConfigReference, EndpointSpec, Mount, RestartPolicy, SecretReference
+from docker.types import ConfigReference, EndpointSpec, Healthcheck, Mount, RestartPolicy, SecretReference
 
 from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each
-from cfiddle_cluster.services import is_manager
+from cfiddle_cluster.services import HEALTH_S, health_s, is_manager
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
@@ -38,7 +38,7 @@ _SECOND_NS = 1_000_000_000
 _DEFINITION = "cfiddle.definition"
 _LABELS = {"cfiddle.cluster": CLUSTER, "cfiddle.service": SERVICE}
 # To be raised when the service's definition below changes, so that one that runs is made anew.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,7 @@ def _create_service(
                 mode=0o444,
             )
         ],
+        healthcheck=Healthcheck(**{name: health_s(name) * _SECOND_NS for name in HEALTH_S}),
         restart_policy=RestartPolicy(condition="any", delay=_SECOND_NS),
         stop_grace_period=10 * _SECOND_NS,
     )

@@ -1,8 +1,10 @@
 """The services of the stack as they run: what is there, what is healthy, and the containers on this machine."""
 
 from collections.abc import Collection, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
+from docker.errors import APIError
 from docker.models.containers import Container
 from docker.models.services import Service
 
@@ -10,10 +12,19 @@ from cfiddle_cluster import engine
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import STACK
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until
+
+HEALTH_S = {"interval": 1, "timeout": 50, "start_period": 300}
+"""When the health checks of the images are made, in seconds, before patience. One that fails in the start period is not
+counted: a machine may be slow or busy. To make one costs an emulated machine seconds of its CPU."""
 
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
+
+
+def health_s(name: str) -> int:
+    """Return one of `HEALTH_S`, with patience."""
+    return int(HEALTH_S[name] * PATIENCE)
 
 
 def services() -> list[Service]:
@@ -106,7 +117,14 @@ def live_tasks() -> list[dict[str, Any]]:
 
 def is_manager() -> bool:
     """Tell whether this machine's engine manages a swarm."""
-    return bool(engine.client().info()["Swarm"]["ControlAvailable"])
+    # Not by /info, for which an engine starts runc and others to ask for their versions, each time.
+    try:
+        engine.client().api.inspect_swarm()
+    except APIError as error:
+        if error.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return False
+        raise
+    return True
 
 
 def _wanted(service: Service) -> int:

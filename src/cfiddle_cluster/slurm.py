@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.services import container
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until
 
 ACCOUNT = "cfiddle"
 """The one account that all users belong to; each has a share of their own in it."""
 
 PROBE = "2000:2000"
 """The ordinary account `probe`, which has no home: it runs what proves and measures workers, and nothing else."""
+
+SHORT_JOB = ("srun", "--chdir=/", "--ntasks=1", f"--immediate={5 * PATIENCE:.0f}", f"--time={math.ceil(PATIENCE)}")
+"""How such a job is started: at once, or not at all where somebody else's came first."""
 
 QOS = {
     "lease": {"GraceTime": "00:00:30", "MaxWall": "01:00:00", "MaxJobsPU": "4", "Flags": "DenyOnLimit"},

@@ -24,7 +24,9 @@ from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.services import (
+    HEALTH_S,
     NAMESPACE,
+    health_s,
     is_manager,
     live_tasks,
     running_tasks,
@@ -276,6 +278,7 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "USER_REGISTRY": registry.users_address(config),
         "USER_REGISTRY_PORT": str(config.user_registry_port),
         "SSH_PORT": _number(config.ssh_port),
+        **{f"HEALTH_{name.upper()}": f"{health_s(name)}s" for name in HEALTH_S},
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
         "SLURMD_BUFFER_CPUS": str(buffer.cpus),

@@ -14,7 +14,7 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import EngineError, Machine, on_each, resolved
 from cfiddle_cluster.services import is_manager
 from cfiddle_cluster.state import State
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until
 
 PORT = 2377
 PORTS = {PORT: "tcp", 7946: "tcp and udp", 4789: "udp"}
@@ -22,6 +22,9 @@ PORTS = {PORT: "tcp", 7946: "tcp and udp", 4789: "udp"}
 BRIDGE = "docker_gwbridge"
 """The network that an engine makes when it first joins a swarm, and never takes away."""
 JOIN_TIMEOUT_S = 60
+HEARTBEAT_S = 15
+"""How often members tell the manager that they are there; after three times as long they are given up, and what runs
+there is stopped when they come back. At Swarm's own 5 s half a minute without a network ended all jobs of a worker."""
 TELL_TIMEOUT_S = 10
 MADE_BY_US = "swarm.json"
 """The file of the state that says which swarm `up` made, and so `down` may leave."""
@@ -61,6 +64,8 @@ def ensure_swarm(config: Config, state: State) -> None:
     _refuse([("this machine", *fault) for fault in engine_faults(info)])
     swarm = info["Swarm"]
     if swarm["ControlAvailable"]:
+        if _is_ours(state):
+            _ensure_heartbeat()
         return
     if _is_member(swarm):
         raise ClusterError(
@@ -78,6 +83,16 @@ def ensure_swarm(config: Config, state: State) -> None:
             "HEAD_ADDR in config.sh must be an address of this machine, and port 2377 must be free",
         ) from error
     state.write_json(MADE_BY_US, {"id": _cluster_id(), "had_bridge": had_bridge})
+    _ensure_heartbeat()
+
+
+def _ensure_heartbeat() -> None:
+    api = engine.client().api
+    swarm = api.inspect_swarm()
+    period_ns = int(HEARTBEAT_S * PATIENCE) * 10**9
+    if swarm["Spec"]["Dispatcher"]["HeartbeatPeriod"] != period_ns:
+        swarm["Spec"]["Dispatcher"]["HeartbeatPeriod"] = period_ns
+        api.update_swarm(swarm["Version"]["Index"], swarm_spec=swarm["Spec"])
 
 
 def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> None:
@@ -218,10 +233,9 @@ def leave(state: State) -> None:
     """Have the head leave the swarm if `up` made it; labels and members that the cluster gave it go in any case."""
     if not is_manager():
         return
-    made = state.read_json(MADE_BY_US, None)
-    if made and made.get("id") == _cluster_id():
+    if _is_ours(state):
         engine.client().swarm.leave(force=True)
-        if not made.get("had_bridge", True):
+        if not state.read_json(MADE_BY_US, {}).get("had_bridge", True):
             for network in engine.client().networks.list(names=[f"^{BRIDGE}$"]):
                 network.remove()
         state.path(MADE_BY_US).unlink(missing_ok=True)
@@ -231,6 +245,11 @@ def leave(state: State) -> None:
         if labels.get("cfiddle.cluster") == CLUSTER:
             mine = ("cfiddle.cluster", "slurm_role", "slurm_head", "slurm_worker")
             _update(node, Labels={key: value for key, value in labels.items() if key not in mine})
+
+
+def _is_ours(state: State) -> bool:
+    made = state.read_json(MADE_BY_US, None)
+    return bool(made) and made.get("id") == _cluster_id()
 
 
 def _cluster_id() -> str:
@@ -311,8 +330,7 @@ def _let_join(config: Config, state: State, machines: Iterable[Machine]) -> None
     try:
         on_each(machines, lambda machine: _join(config, state, machine, token))
     except ClusterError:
-        made = state.read_json(MADE_BY_US, None)
-        if made and made["id"] == _cluster_id() and len(nodes()) == 1:
+        if _is_ours(state) and len(nodes()) == 1:
             # Nobody could join: made at an address that is not the head's, it would stay there.
             leave(state)
         raise

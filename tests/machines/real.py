@@ -1,14 +1,17 @@
 """A cluster of machines that are reached by SSH alone, as its administrator makes and uses it on the head."""
 
+import hashlib
+import json
 import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cfiddle_cluster import config, image_files, images
+from cfiddle_cluster import config, images
+from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.wait import PATIENCE
 from live import ROOT, CommandFailed, Result, run, wait_until
 from machines.virtual import Lab, VirtualMachine
@@ -18,8 +21,11 @@ CHECKOUT = "/root/cfiddle-cluster"
 HOMES = "/srv/cfiddle-cluster/home"
 KNOWN_HOSTS = "/var/lib/cfiddle-cluster/ssh/known_hosts"
 
+CARRIED = "agent"
+IMAGE_FILE = "image.tar"
+ENGINE_SIZE = 20 << 30
+
 INSTALL_TIMEOUT_S = 120
-LOAD_TIMEOUT_S = 120
 UP_TIMEOUT_S = 300
 
 TRACES = r"""
@@ -43,22 +49,61 @@ def copy_checkout(target: Path) -> None:
     shutil.copytree(_CHANGES, target, dirs_exist_ok=True)
 
 
-def make_stick(directory: Path) -> Path:
-    """Return a disk, as one carries it to a machine: a checkout, and its images, which are built here.
+def make_disks(directory: Path) -> tuple[Path, Path]:
+    """Return two disks: one that is carried to the head, with a checkout, and one with its images for every engine.
 
-    An emulated machine would take hours to build them.
+    The images are built on this machine, and reach the others as an engine keeps them. An emulated machine takes too
+    long to load all of them from a file: it hashes and unpacks each layer. `IMAGE_FILE` on the first disk has one.
     """
     content = directory / "stick"
     copy_checkout(content / "cfiddle-cluster")
-    its_config = config.load(content / "cfiddle-cluster")
-    images.build(its_config)
-    image_files.save(its_config, content / "images.tar")
-    disk = directory / "stick.raw"
-    used = sum(path.lstat().st_size for path in content.rglob("*"))
-    run(["truncate", "--size", str(int(1.1 * used) + (64 << 20)), disk]).ok()
-    run(["mkfs.ext4", "-q", "-O", "^has_journal", "-d", content, disk], timeout_s=120).ok()
+    its_config = replace(config.load(content / "cfiddle-cluster"), worker_addrs=("real",))
+    built = images.build(its_config)
+    run([docker_cli(), "image", "save", "--output", content / IMAGE_FILE, built[CARRIED]], timeout_s=60).ok()
+    stick = make_disk(directory / "stick.raw", content, "-O", "^has_journal")
     shutil.rmtree(content)
+    store = directory / "engine"
+    copy_images(store, [*built.values(), f"cfiddle-debian:{its_config.debian_release}"])
+    engine = make_disk(directory / "engine.raw", store, "-L", "engine", "-E", "lazy_itable_init=1", size=ENGINE_SIZE)
+    shutil.rmtree(store)
+    return stick, engine
+
+
+def make_disk(disk: Path, content: Path, *options: str, size: int = 0) -> Path:
+    """Make a disk with this content, and of this size in bytes, or as large as the content."""
+    used = sum(path.lstat().st_size for path in content.rglob("*"))
+    run(["truncate", "--size", str(size or int(1.1 * used) + (64 << 20)), disk]).ok()
+    run(["mkfs.ext4", "-q", *options, "-d", content, disk], timeout_s=120).ok()
     return disk
+
+
+def copy_images(store: Path, references: Sequence[str]) -> None:
+    """Have images as an engine keeps them below /var/lib/docker, by copying them from this machine's.
+
+    An engine with the driver overlay2 reads what an older one wrote: image/fs.go, layer/filestore.go of moby/moby.
+    """
+    driver, root = run([docker_cli(), "info", "--format", "{{.Driver}} {{.DockerRootDir}}"]).ok().split()
+    assert driver == "overlay2", f"this machine's engine keeps its images by {driver}"
+    here = Path(root)
+    known, layers = Path("image/overlay2"), Path("overlay2")
+    for part in (known / "imagedb/content/sha256", known / "layerdb/sha256", layers / "l"):
+        (store / part).mkdir(mode=0o711, parents=True)
+    repositories: dict[str, dict[str, str]] = {}
+    for reference in references:
+        image = run([docker_cli(), "image", "inspect", "--format", "{{.Id}}", reference]).ok().strip()
+        repositories.setdefault(reference.partition(":")[0], {})[reference] = image
+        description = known / "imagedb/content" / image.replace(":", "/")
+        shutil.copy2(here / description, store / description)
+        chain = ""
+        for layer in json.loads((here / description).read_text())["rootfs"]["diff_ids"]:
+            chain = f"sha256:{hashlib.sha256(f'{chain} {layer}'.encode()).hexdigest()}" if chain else layer
+            record = known / "layerdb" / chain.replace(":", "/")
+            if not (store / record).exists():
+                shutil.copytree(here / record, store / record)
+                content = layers / (here / record / "cache-id").read_text()
+                run(["cp", "--archive", here / content, store / content], timeout_s=120).ok()
+                (store / layers / "l" / (here / content / "link").read_text()).symlink_to(f"../{content.name}/diff")
+    (store / known / "repositories.json").write_text(json.dumps({"Repositories": repositories}))
 
 
 class RealCluster:
@@ -159,14 +204,15 @@ class Record:
 
 def make(lab: Lab) -> tuple[RealCluster, Record]:
     """Make the cluster as README says, in a terminal, with images that were built on this machine."""
-    head = lab.machine("head", cpus=2, stick=make_stick(lab.directory))
+    stick, lab.engine = make_disks(lab.directory)
+    head = lab.machine("head", cpus=2, stick=stick)
     worker = lab.machine("c1")
     for machine in (head, worker):
         machine.wait_until_up()
     cluster = RealCluster(head, [worker])
     before = {machine.name: traces(machine) for machine in (head, worker)}
     head.run(
-        "mount /dev/vdb /mnt && cp -r /mnt/cfiddle-cluster /root && ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519"
+        "mount /dev/vdc /mnt && cp -r /mnt/cfiddle-cluster /root && ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519"
     ).ok()
     let_in(head, worker)
     # The one waits for Debian's packages, the other for Python's.
@@ -176,7 +222,6 @@ def make(lab: Lab) -> tuple[RealCluster, Record]:
         environment = pool.submit(head.run, its_own_python, timeout_s=INSTALL_TIMEOUT_S)
     engine.result().ok()
     environment.result().ok()
-    cluster.invoke("load-images /mnt/images.tar", timeout_s=LOAD_TIMEOUT_S).ok()
     cluster.settings({"WORKER_ADDRS": worker.addr, "HEAD_ADDR": head.addr})
     return cluster, Record(before, up_in_terminal(cluster))
 

@@ -112,6 +112,7 @@ class VirtualMachine:
         number: its place among the machines; its addresses follow from it.
         cpus: how many it has.
         stick: a disk that is put into it, to be mounted.
+        engine: a disk for its engine, of which it has a copy; it is mounted when it boots.
 
     Attributes:
         name: its hostname.
@@ -128,6 +129,7 @@ class VirtualMachine:
         *,
         cpus: int = 1,
         stick: Path | None = None,
+        engine: Path | None = None,
     ) -> None:
         self.name = name
         self.addr = f"{NETWORK}.{number}"
@@ -135,17 +137,19 @@ class VirtualMachine:
         self._cpus = cpus
         self._stick = stick
         self._image = image
+        self._originals = [image.disk, *([engine] if engine else [])]
         self._switch = switch
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
-        self._disk = directory / f"{name}.qcow2"
+        self._disks = [directory / f"{name}.{original.stem}.qcow2" for original in self._originals]
         self._control = directory / f"{name}.qmp"
         self._console = directory / f"{name}.console"
         self.renew()
 
     def renew(self) -> None:
-        """Be another machine of that name: with a disk on which nothing has been done yet."""
-        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self._image.disk, self._disk]).ok()
+        """Be another machine of that name: with disks on which nothing has been done yet."""
+        for original, disk in zip(self._originals, self._disks, strict=True):
+            run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", original, disk]).ok()
 
     # --- power and cables --------------------------------------------------------------------------------------------
 
@@ -154,12 +158,12 @@ class VirtualMachine:
         outside = f"user,id=outside,hostfwd=tcp:127.0.0.1:{FIRST_PORT + self._number}-:22"
         argv = [
             *_DIE_WITH_US,
-            *("qemu-system-x86_64", "-name", self.name),
+            *("nice", "-n", "19", "qemu-system-x86_64", "-name", self.name),
             *_BARE,
             *(_BY_KVM if kvm else _EMULATED),
             *("-smp", str(self._cpus), "-m", str(MEMORY_MB)),
             *("-kernel", self._image.kernel, "-initrd", self._image.initrd, "-append", self._kernel_arguments()),
-            *("-drive", f"file={self._disk},if=virtio,cache=unsafe,discard=unmap"),
+            *(word for disk in self._disks for word in ("-drive", f"file={disk},if=virtio,cache=unsafe,discard=unmap")),
             *(("-drive", f"file={self._stick},if=virtio,format=raw,readonly=on") if self._stick else ()),
             *("-device", "virtio-rng-pci"),
             *("-netdev", outside, "-device", "virtio-net-pci,netdev=outside,romfile="),
@@ -257,18 +261,21 @@ class Lab:
 
     Attributes:
         kvm: whether the processor runs them.
+        engine: a disk for an engine; each machine that is made has a copy.
     """
 
     directory: Path
     image: Image
     switch: Switch
     kvm: bool
+    engine: Path | None = None
     machines: dict[str, VirtualMachine] = field(default_factory=dict)
 
     def machine(self, name: str, **parts: Any) -> VirtualMachine:
         """Return a machine that has power; the first time it is made, with `cpus` and a `stick`."""
         if name not in self.machines:
             number = NAMES.index(name) + 1
+            parts["engine"] = self.engine
             machine = VirtualMachine(number, name, self.image, self.switch, self.directory, **parts)
             machine.start(kvm=self.kvm)
             self.machines[name] = machine

@@ -139,6 +139,12 @@ def test_notebook_and_sandbox_or_worker_that_differ_are_found(root: Path) -> Non
     ]
 
 
+def test_packages_of_one_environment_that_differ_are_found(root: Path) -> None:
+    _lock(root, "admin", "click", f"click==8{HASH}rich==15{HASH}")
+    _lock(root, "development", "-c admin.lock\npytest", f"pytest==9{HASH}rich==14{HASH}")
+    assert checks.lock_faults(root) == ["development.lock has rich 14, and admin.lock 15"]
+
+
 def test_notebook_with_outputs_is_found(root: Path) -> None:
     cells = [{"outputs": [], "execution_count": None}, {"outputs": [{}]}, {"execution_count": 3}, {}]
     (root / "notebooks/n.ipynb").write_text(json.dumps({"cells": cells}))
@@ -162,6 +168,7 @@ def test_what_a_tool_finds_is_shown_and_makes_the_check_fail(
         (tools / name).chmod(0o755)
     monkeypatch.setattr(checks.sys, "executable", str(tools / "python"))
     monkeypatch.setattr(checks, "shell_scripts", lambda root: [root / "a.sh"])
+    monkeypatch.setattr(checks.packages, "ensure_development_packages", lambda root: None)
     assert checks.main(type("Config", (), {"root": root})) == 1
     printed = capsys.readouterr().out
     assert "a.py:1: untyped" in printed
@@ -172,7 +179,8 @@ def test_what_a_tool_finds_is_shown_and_makes_the_check_fail(
 def test_what_the_tests_need_is_there_before_they_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[list[str]] = []
     statuses = iter([3, 1, 0])
-    monkeypatch.setattr(checks.packages, "ensure_test_commands", lambda: done.append(["packages"]))
+    monkeypatch.setattr(checks.packages, "ensure_test_commands", lambda: done.append(["commands"]))
+    monkeypatch.setattr(checks.packages, "ensure_development_packages", lambda root: done.append(["packages"]))
 
     def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         done.append(argv[2:])
@@ -181,10 +189,10 @@ def test_what_the_tests_need_is_there_before_they_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(checks.subprocess, "run", run)
     config = type("Config", (), {"root": tmp_path})
     assert checks.test(config, ["tests/unit/test_x.py", "-k", "y"], quick=False) == 3
-    assert done == [["packages"], ["pytest", "tests/unit/test_x.py", "-k", "y"]]
+    assert done == [["commands"], ["packages"], ["pytest", "tests/unit/test_x.py", "-k", "y"]]
     done.clear()
     assert checks.test(config, [], quick=True) == 1, "one of both runs has failed"
-    assert all(argv[1:3] == ["-m", "not slow"] for argv in done[1:])
+    assert all(argv[1:3] == ["-m", "not slow"] for argv in done[2:])
     assert _directories_in(option for argv in done for option in argv) == _run_without_being_named()
 
 
@@ -212,6 +220,7 @@ def test_virtual_machines_are_waited_for_longer(
         return subprocess.CompletedProcess(argv, 5)
 
     monkeypatch.setattr(checks.packages, "refuse_missing_machines_test_commands", lambda: None)
+    monkeypatch.setattr(checks.packages, "ensure_development_packages", lambda root: None)
     monkeypatch.setattr(checks.subprocess, "run", run)
     monkeypatch.setattr(os, "environ", {} if asked is None else {"CFIDDLE_PATIENCE": asked})
     config = type("Config", (), {"root": tmp_path})

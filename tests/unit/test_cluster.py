@@ -32,13 +32,14 @@ class World:
         self.silent: set[str] = set()
         self.without_firewall: set[str] = set()
         self.is_under_way = False
+        self.needs_debian = False
         self.patience: list[Patience] = []
         self.state = State(tmp_path / f"state-of-{tmp_path.name}")
         self.state.directory.mkdir()
         self.settings = config(tmp_path)
         self._monkeypatch = monkeypatch
         for module, names in {
-            "packages": "ensure_root ensure_commands ensure_engine",
+            "packages": "ensure_root ensure_commands ensure_engine ensure_packages",
             "homes": "ensure_root ensure_homes purge",
             "swarm": "refuse_other_address ensure_swarm ensure_joined ensure_labels unlabel_worker remove_node leave",
             "registry": "ensure_registry remove_registry remove_trust",
@@ -57,6 +58,7 @@ class World:
         self._replace("tuning", "tune", self._note("tuning.tune", self.changed))
         self._replace("tuning", "undo", self._note("tuning.undo", self.changed))
         self._replace("slurm", "is_answering", lambda: True)
+        self._replace("images", "needs_debian", lambda _config: self.needs_debian)
         self._replace("images", "build", self._note("images.build", {"machine": "m:1", "registry": "r:1"}))
         self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
         self._replace("upgrade", "roll_out", self._roll_out)
@@ -182,6 +184,12 @@ def test_up_does_every_step_in_order_and_ends_with_what_to_try(
     said = capsys.readouterr().out
     assert "http://localhost:8888/?token=abc" in said
     assert said.count("./invoke shell --command") == 3
+
+
+def test_what_makes_a_debian_is_installed_where_one_must_be_made(world: World) -> None:
+    world.needs_debian = True
+    world.cluster().up(until="images")
+    assert world.did[-2:] == ["packages.ensure_packages ['mmdebstrap']", "images.build"]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,35 @@ def test_what_the_registry_has_is_not_pushed_again(engine: FakeEngine) -> None:
     assert references["cluster"] == f"{REGISTRY}/cfiddle-cluster@{DIGEST}"
 
 
+def test_what_was_carried_to_a_worker_in_a_file_goes_through_no_registry(
+    engine: FakeEngine, copied: dict[str, list[str]]
+) -> None:
+    c1, c2 = worker("c1"), worker("c2")
+    c1.images = [f"sha256:cfiddle-{name}" for name in OF_WORKERS]
+    references = distribute(head(), c1, c2)
+    assert not engine.pushed
+    assert not c1.scripts
+    assert references["agent"] == "sha256:cfiddle-agent"
+    assert copied["c2"] == [BUILT[name] for name in OF_WORKERS], "the one without the file gets them over SSH"
+
+
+def test_what_was_carried_and_what_was_not_go_different_ways(engine: FakeEngine, copied: dict[str, list[str]]) -> None:
+    c1 = worker("c1")
+    c1.images = ["sha256:cfiddle-sandbox"]
+    references = distribute(head(), c1)
+    assert sorted(engine.pushed) == [f"cfiddle-{name}" for name in OF_WORKERS if name != "sandbox"]
+    assert references["sandbox"] == "sha256:cfiddle-sandbox"
+    assert references["agent"] == f"{REGISTRY}/cfiddle-agent@{DIGEST}"
+    assert copied["c1"] == [BUILT["sandbox"]]
+
+
+def test_what_was_pushed_once_keeps_its_reference_though_workers_have_it(engine: FakeEngine) -> None:
+    engine.digests = {f"cfiddle-{name}": DIGEST for name in IMAGES}
+    c1 = worker("c1")
+    c1.images = [f"sha256:cfiddle-{name}" for name in OF_WORKERS]
+    assert distribute(head(), c1)["agent"] == f"{REGISTRY}/cfiddle-agent@{DIGEST}"
+
+
 def test_machine_that_cannot_pull_gets_all_over_ssh_and_all_use_ids(
     engine: FakeEngine, copied: dict[str, list[str]]
 ) -> None:

@@ -155,6 +155,21 @@ def test_only_what_changed_is_built(checkout: config.Config, docker: FakeDocker)
     assert docker.built == ["cfiddle-mysql"]
 
 
+def test_debian_is_needed_until_the_base_is_there(checkout: config.Config, docker: FakeDocker) -> None:
+    assert images.needs_debian(checkout)
+    images.build(checkout, lambda _text: None, ["base"])
+    assert not images.needs_debian(checkout)
+
+
+def test_machine_that_is_simulated_is_built_only_where_workers_are(checkout: config.Config, docker: FakeDocker) -> None:
+    real = replace(checkout, worker_addrs=("192.0.2.2",))
+    assert "machine" not in images.build(real, lambda _text: None)
+    assert "machine" not in images.built(real)
+    assert "cfiddle-machine" not in docker.built
+    assert "machine" in images.build(checkout, lambda _text: None)
+    assert docker.built[-1] == "cfiddle-machine"
+
+
 def test_context_is_readable_by_everyone_whatever_the_umask_was(checkout: config.Config, docker: FakeDocker) -> None:
     entrypoint = checkout.root / "images/mysql/files/entrypoint"
     entrypoint.parent.mkdir(mode=0o700)

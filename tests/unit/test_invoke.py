@@ -183,9 +183,9 @@ def test_checkout_that_cannot_be_written_to_is_said_so(checkout: Checkout) -> No
     assert "sudo" in done.stderr
 
 
-def test_real_environment_has_what_the_lock_names() -> None:
-    """This very environment is one that the launcher makes."""
-    lock = (LAUNCHER.parent / "requirements/admin.lock").read_text()
+def test_real_environment_has_what_the_locks_name() -> None:
+    """This very environment is one that the launcher makes, and the tests' task adds to."""
+    lock = "".join((LAUNCHER.parent / f"requirements/{name}.lock").read_text() for name in ("admin", "development"))
     pinned = [Requirement(line) for line in re.findall(r"^([a-z0-9-]+==.+) \\$", lock, re.MULTILINE)]
     here = [found for found in pinned if found.marker is None or found.marker.evaluate()]
     argv = [sys.executable, "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check"]

@@ -111,6 +111,39 @@ def test_what_the_tests_need_is_installed_and_no_server_is_started(
     ]
 
 
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an environment whose pip can install nothing where a file `broken` is."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/development.lock").write_text("one==1\n")
+    found = tmp_path / "environment"
+    found.mkdir()
+    _command(found / "python", f"[ ! -e {found}/broken ] || {{ echo no index; exit 1; }}")
+    monkeypatch.setattr(packages.sys, "prefix", str(found))
+    monkeypatch.setattr(packages.sys, "executable", str(found / "python"))
+    return found
+
+
+def test_packages_of_developers_are_installed_once_for_each_lock_file(environment: Path) -> None:
+    root = environment.parent
+    for text in ("one==1\n", "one==1\n", "one==2\n"):
+        (root / "requirements/development.lock").write_text(text)
+        packages.ensure_development_packages(root)
+    calls = _calls(environment)
+    assert len(calls) == 2
+    assert all(call.endswith(f"--require-hashes --requirement {root}/requirements/development.lock") for call in calls)
+
+
+def test_packages_of_developers_that_cannot_be_installed_are_tried_again(environment: Path) -> None:
+    root = environment.parent
+    (environment / "broken").touch()
+    with pytest.raises(ClusterError, match=r"development\.lock cannot be installed:\nno index"):
+        packages.ensure_development_packages(root)
+    (environment / "broken").unlink()
+    packages.ensure_development_packages(root)
+    assert len(_calls(environment)) == 2
+
+
 def test_ordinary_user_is_told_to_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
     packages.ensure_root()
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from docker.errors import APIError
 
 from cfiddle_cluster import services
 from cfiddle_cluster.errors import ClusterError
@@ -37,8 +38,10 @@ class Swarm:
         status = {"State": state, "Err": "no such image" if state == "failed" else "", "Message": state}
         self.running.append({**task, "Status": status, "UpdatedAt": "2026"})
 
-    def info(self) -> dict[str, Any]:
-        return {"Swarm": {"ControlAvailable": self.is_manager}}
+    def inspect_swarm(self) -> dict[str, Any]:
+        if self.is_manager:
+            return {"ID": "swarm-1"}
+        raise APIError("This node is not a swarm manager", response=SimpleNamespace(status_code=503))
 
     def tasks(self, filters: dict[str, str]) -> list[dict[str, Any]]:
         return self.running

@@ -118,6 +118,14 @@ def test_simulated_workers_say_what_config_sh_says_and_real_ones_what_they_have(
     assert values(LOCAL_WORKER_CPUS="8", WORKER_ADDRS="10.0.0.2")["SLURMD_CPUS"] == ""
 
 
+@pytest.mark.parametrize("patience", [1, 12])
+def test_no_service_is_replaced_because_it_starts_slowly(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+    monkeypatch.setattr("cfiddle_cluster.services.PATIENCE", patience)
+    assert {service["healthcheck"]["start_period"] for service in SERVICES.values()} == {"${HEALTH_START_PERIOD}"}
+    assert values()["HEALTH_START_PERIOD"] == f"{300 * patience}s"
+    assert values()["HEALTH_INTERVAL"] == f"{patience}s"
+
+
 def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
     free = values(Buffer(cpus=2, memory_mb=1024))
     assert (free["SLURMD_BUFFER_CPUS"], free["SLURMD_BUFFER_MEMORY_MB"]) == ("2", "1024")

@@ -61,7 +61,8 @@ class FakeEngine:
         self.local_state, self.node = "active", "head-1"
         self.options: dict[str, Any] = {}
         self.members: list[dict[str, Any]] = []
-        self.rotated: list[Any] = []
+        self.rotated: list[str] = []
+        self.heartbeat_ns = 5 * 10**9
         self.left = False
         self.init_error = ""
         self.updates: list[str] = []
@@ -100,11 +101,16 @@ class FakeEngine:
         return self.members
 
     def inspect_swarm(self) -> dict[str, Any]:
-        return {"ID": "swarm-1", "JoinTokens": {"Worker": TOKEN}, "Version": {"Index": 7}, "Spec": {"Name": "default"}}
+        if not self.is_manager:
+            raise APIError("This node is not a swarm manager", response=SimpleNamespace(status_code=503))
+        spec = {"Name": "default", "Dispatcher": {"HeartbeatPeriod": self.heartbeat_ns}}
+        return {"ID": "swarm-1", "JoinTokens": {"Worker": TOKEN}, "Version": {"Index": 7}, "Spec": spec}
 
-    def update_swarm(self, version: int, swarm_spec: Any, rotate_worker_token: bool) -> None:
+    def update_swarm(self, version: int, swarm_spec: Any, rotate_worker_token: bool = False) -> None:
         assert version == 7
-        self.rotated.append(swarm_spec if rotate_worker_token else None)
+        self.heartbeat_ns = swarm_spec["Dispatcher"]["HeartbeatPeriod"]
+        if rotate_worker_token:
+            self.rotated.append(swarm_spec["Name"])
 
     def update_node(self, node_id: str, _version: int, spec: Any) -> None:
         self.updates.append(node_id)
@@ -149,6 +155,21 @@ def test_swarm_is_made_at_the_head_s_address_and_remembered(engine: FakeEngine, 
     assert engine.left
     assert engine.bridges == []
     assert not state.path(swarm.MADE_BY_US).exists()
+
+
+@pytest.mark.parametrize("patience", [1, 12])
+def test_members_of_a_swarm_of_ours_are_missed_after_more_than_half_a_minute(
+    engine: FakeEngine, settings: Config, state: State, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    monkeypatch.setattr(swarm, "PATIENCE", patience)
+    swarm.ensure_swarm(settings, state)
+    assert engine.heartbeat_ns == 5 * 10**9, "somebody else's swarm stays as it is"
+    engine.leave(force=False)
+    swarm.ensure_swarm(settings, state)
+    assert 3 * engine.heartbeat_ns > 30 * 10**9 * patience
+    engine.heartbeat_ns = 5 * 10**9
+    swarm.ensure_swarm(settings, state)
+    assert engine.heartbeat_ns == 15 * 10**9 * patience, "also one that was made before"
 
 
 def test_bridge_that_was_there_before_the_swarm_stays(engine: FakeEngine, settings: Config, state: State) -> None:
@@ -239,7 +260,7 @@ def test_machines_join_with_a_token_that_is_worth_nothing_afterwards(
             "RemoteAddrs": ["10.0.0.1:2377"],
             "JoinToken": TOKEN,
         }
-    assert engine.rotated == [{"Name": "default"}]
+    assert engine.rotated == ["default"]
 
 
 def test_member_joins_no_second_time_and_no_token_is_rotated(
