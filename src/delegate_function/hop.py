@@ -402,7 +402,7 @@ def explain(process: launch.Next, where: str) -> DelegateFunctionException:
         from delegate_function import slurm
 
         known = f"; {slurm.state(job_id)}"
-    return ConnectionLost(f"was not heard of for {frames.SILENCE_S} s{known}", where=where, job_id=job_id)
+    return ConnectionLost(f"was not heard of for {frames.SILENCE_S:g} s{known}", where=where, job_id=job_id)
 
 
 def finish_sending(link: frames.Link, poller: frames.Poller) -> None:

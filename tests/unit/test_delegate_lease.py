@@ -22,6 +22,7 @@ from delegate_function import (
     SlurmDelegate,
     SubprocessDelegate,
     TrivialDelegate,
+    frames,
     lease,
 )
 from live import wait_until
@@ -252,7 +253,7 @@ def test_silent_caller_loses_its_job(chain: BaseDelegate, tmp_path: Path) -> Non
     assert conversation is not None
     assert conversation.process is not None
     conversation.process.link._beats = False
-    wait_until((tmp_path / "cancelled").exists, timeout_s=5, what="the hop cancels its job")
+    wait_until((tmp_path / "cancelled").exists, timeout_s=frames.SILENCE_S + 3, what="the hop cancels its job")
     wait_until(lambda: not Path(f"/proc/{hop_process}").exists(), timeout_s=5, what="the hop is gone")
     assert (tmp_path / "cancelled").read_text().split() == ["17"]
 
