@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cfiddle_cluster import config, images
+from cfiddle_cluster import config, images, package_access
 from cfiddle_cluster.commands import CommandError
 from cfiddle_cluster.errors import ClusterError
 
@@ -206,15 +206,32 @@ def test_every_image_of_the_checkout_has_a_dockerfile_and_is_known() -> None:
     assert directories == set(images.IMAGES)
 
 
-def test_bootstrap_says_what_is_missing_where_nothing_can_be_pulled_or_made(tmp_path: Path) -> None:
-    docker = tmp_path / "docker"
-    docker.write_text("#!/bin/sh\nexit 1\n")
-    docker.chmod(0o755)
-    for tool in ("bash", "dirname", "timeout"):
+def _bootstrap(tmp_path: Path, secrets: Path, **tools: str) -> subprocess.CompletedProcess[str]:
+    """Run bootstrap where no image can be pulled, with shell scripts in the place of tools."""
+    for name, script in {"docker": 'case "$*" in *import*) cat >/dev/null;; *) exit 1;; esac', **tools}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    for tool in ("bash", "cat", "dirname", "timeout"):
         (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
-    done = subprocess.run(
-        [ROOT / "images/base/bootstrap", "trixie", "image", tmp_path],
-        env={"PATH": str(tmp_path), "DOCKER": str(docker)}, capture_output=True, text=True, timeout=30, check=False,
+    return subprocess.run(
+        [ROOT / "images/base/bootstrap", "trixie", "image", secrets],
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
+
+
+def test_bootstrap_says_what_is_missing_where_nothing_can_be_pulled_or_made(tmp_path: Path) -> None:
+    done = _bootstrap(tmp_path, tmp_path)
     assert done.returncode == 1
     assert "apt-get install mmdebstrap" in done.stderr
+
+
+def test_debian_is_made_as_this_machine_reaches_its_packages(tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    package_access.write_build_secrets(secrets, release="trixie", mounted_at=str(secrets))
+    done = _bootstrap(tmp_path, secrets, mmdebstrap=f'printf "%s\\n" "$@" >{tmp_path}/told')
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "told").read_text().splitlines()
+    [settings] = [word.removeprefix("--aptopt=") for word in told if word.startswith("--aptopt=")]
+    assert f'Dir::Etc::SourceList "{secrets}/sources";' in Path(settings).read_text()
+    assert told[-1] == f"{secrets}/sources"
