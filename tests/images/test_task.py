@@ -218,7 +218,8 @@ def test_data_is_shared_and_its_owners(ada: User) -> None:
 
 
 def test_output_comes_while_the_command_runs(ada: User) -> None:
-    process = ada.start("run", "--cmd", "echo first; while [ ! -e data/go ]; do sleep 0.05; done; echo second")
+    wait = "for _ in $(seq 200); do [ ! -e data/go ] || exec echo second; sleep 0.05; done"
+    process = ada.start("run", "--cmd", f"echo first; {wait}; echo too late")
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["command output:\n", "first\n"]
     (ada.directory / "data/go").touch()
