@@ -20,11 +20,11 @@ _RANGES = {
     "memory_mb": (16, 2**24),
     "processes": (16, 2**15),
 }
-_OPTIONAL = {"images_per_user", "types", "buffer", "start_port_num", "additional_options"}
+_OPTIONAL = {"images_per_user", "images_mb", "types", "buffer", "start_port_num", "additional_options"}
 _LEAST_GB = 1 / 64
 _MOST_GPUS = 64
 _FIRST_PORT = 25000
-_IMAGES_PER_USER = 16
+_IMAGES_PER_USER, _IMAGES_MB = 16, 8192
 
 
 class Type(NamedTuple):
@@ -57,7 +57,7 @@ class ContainerPolicy:
         per_user, disk_mb: how many containers of a user a machine may hold, and what they may have written together.
         cpus, memory_mb: of the job of a container that names nothing else.
         processes: and threads in a container.
-        images_per_user: how many a user may have committed.
+        images_per_user, images_mb: how many a user may have committed, and what these may add to a machine's disk.
         types: what there is to choose from; where the administrator names none, what containers have otherwise.
         buffer: kept free by Slurm.
         first_port: the lowest port that a container's may be published at.
@@ -71,6 +71,7 @@ class ContainerPolicy:
     memory_mb: int
     processes: int
     images_per_user: int = _IMAGES_PER_USER
+    images_mb: int = _IMAGES_MB
     types: tuple[Type, ...] = ()
     buffer: Buffer = field(default=Buffer())
     first_port: int = _FIRST_PORT
@@ -101,6 +102,7 @@ def parse(value: object, images: Mapping[str, str]) -> ContainerPolicy:
         images={image: images.get(image, image) for image in named},
         **numbers,
         images_per_user=whole(entry.get("images_per_user", _IMAGES_PER_USER), "containers.images_per_user", 0, 4096),
+        images_mb=whole(entry.get("images_mb", _IMAGES_MB), "containers.images_mb", 1, 2**30),
         types=tuple(_type(name, wanted) for name, wanted in types.items()),
         buffer=_buffer(entry.get("buffer", {"cpu": 0, "mem": 0})),
         first_port=whole(entry.get("start_port_num", _FIRST_PORT), "containers.start_port_num", 1024, 65535),

@@ -111,7 +111,7 @@ class Containers:
         self._home_options = home_options
         self._network = network
         self._own_image = own_image
-        self._user_images = UserImages(engine, registry, per_user=policy.images_per_user)
+        self._user_images = UserImages(engine, registry, per_user=policy.images_per_user, most_mb=policy.images_mb)
         self._changed = threading.Condition()
         self._busy: set[str] = set()
         self._held: dict[str, _Held] = {}  # by the engine's name
@@ -165,8 +165,9 @@ class Containers:
             raise Refused("busy", f"something is measured on {os.uname().nodename}, where {name} is; try again later")
         if full_name(image) in map(full_name, self._policy.images):
             raise Refused("name", f"there is an image {image} already; names of images are distinct")
-        self._check_disk(int(found["Config"]["Labels"][UID_LABEL]))
-        self._user_images.commit(str(found["Id"]), int(found["Config"]["Labels"][UID_LABEL]), image)
+        owner = int(found["Config"]["Labels"][UID_LABEL])
+        self._check_disk(owner)
+        self._user_images.commit(str(found["Id"]), owner, image, bases=self._policy.images.values())
 
     def fetch(self, uid: int, image: str) -> None:
         """Have a user's image on this machine; while something is measured it is left until a container needs it."""

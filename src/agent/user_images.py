@@ -10,7 +10,7 @@ import contextlib
 import http.client
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,16 +91,18 @@ class Reference(NamedTuple):
 class UserImages:
     """The users' images on this machine and in the registry; its methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, registry: Registry | None, *, per_user: int) -> None:
+    def __init__(self, engine: Engine, registry: Registry | None, *, per_user: int, most_mb: int) -> None:
         """Remember where they are.
 
         Args:
             registry: None where users can commit nothing.
             per_user: how many each may have.
+            most_mb: what those of one user may add to what they are made of.
         """
         self._engine = engine
         self._registry = registry
         self._per_user = per_user
+        self._most_mb = most_mb
 
     def listed(self, uid: int) -> list[dict[str, Any]]:
         """Return the user's images on this machine, by name; root gets everybody's."""
@@ -120,13 +122,14 @@ class UserImages:
             if name.startswith(prefix)
         ]
 
-    def commit(self, container: str, uid: int, name: str) -> None:
+    def commit(self, container: str, uid: int, name: str, *, bases: Iterable[str]) -> None:
         """Make an image of a container, and push it to the registry.
 
         Args:
             container: the engine's id.
             uid: of its owner.
             name: what the owner is to call it.
+            bases: the administrator's images, which are nobody's share.
 
         Raises:
             Refused: the name is illegal or taken, the share used up, or the registry does not answer.
@@ -140,6 +143,7 @@ class UserImages:
         repository = f"{registry.address}/{image.repository}"
         self._engine.commit(container, repository, image.tag, {})
         try:
+            self._check_share(uid, bases)
             self._engine.push(repository, image.tag, registry.account)
         except BaseException:
             self._engine.remove_image(f"{repository}:{image.tag}")
@@ -172,10 +176,41 @@ class UserImages:
         if digest := registry.digest(image.repository, image.tag):
             registry.delete(image.repository, digest)
 
+    def _check_share(self, uid: int, bases: Iterable[str]) -> None:
+        own = self._inspected(image["id"] for image in self.listed(uid))
+        added_mb = added_bytes(own, self._inspected(bases)) / 2**20
+        if added_mb > self._most_mb:
+            raise Refused(
+                "share",
+                f"your images would add {added_mb:.0f} MB to what they are made of, more than the {self._most_mb} MB "
+                "that they may; remove one: ddocker rmi",
+            )
+
+    def _inspected(self, references: Iterable[str]) -> list[dict[str, Any]]:
+        """Return what the engine tells of those images that are here."""
+        found = []
+        for reference in references:
+            with contextlib.suppress(EngineError):
+                found.append(self._engine.image(reference))
+        return found
+
     def _of_registry(self) -> Registry:
         if self._registry is None:
             raise Refused("registry", "this machine knows no registry for users' images")
         return self._registry
+
+
+def added_bytes(own: Sequence[Mapping[str, Any]], bases: Sequence[Mapping[str, Any]]) -> int:
+    """Return what images add to those that they are made of, be these others of them; all as the engine has it."""
+    known = {tuple(image["RootFS"]["Layers"]): int(image["Size"]) for image in (*bases, *own)}
+    wanted = {tuple(image["RootFS"]["Layers"]) for image in own}
+
+    def base(layers: tuple[str, ...]) -> int:
+        return max(
+            (size for below, size in known.items() if below == layers[: len(below)] and below != layers), default=0
+        )
+
+    return sum(known[layers] - base(layers) for layers in wanted)
 
 
 def full_name(name: str) -> str:

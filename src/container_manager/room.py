@@ -21,6 +21,7 @@ _END_S = 30
 _LOOK_S = 0.1
 _CPUS = "container_cpus"  # a GRES (slurm.conf)
 _TOO_LARGE = "Requested node configuration is not available"
+_RUNS = "Invalid node name specified"  # which is for a job that has none yet
 _OVER = "Invalid job id|already completing|already finished"
 _CLOSED = {"drain", "fail", "invalid_reg", "maintenance", "not_responding", "powering_down", "reserved"}
 
@@ -110,8 +111,8 @@ def cancel(numbers: Iterable[int]) -> None:
 
 
 def let_go_anywhere(number: int) -> None:
-    """Let a job that waits for one machine run on any."""
-    ask(["scontrol", "update", f"JobId={number}", "ReqNodeList="], unless=_OVER)
+    """Let a job that waits for one machine run on any; it may have begun to run meanwhile."""
+    ask(["scontrol", "update", f"JobId={number}", "ReqNodeList="], unless=f"{_RUNS}|{_OVER}")
 
 
 def machines() -> list[Machine]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -152,6 +152,42 @@ def test_container_that_is_removed_behind_the_manager_s_back_ends_its_job(
 
 
 @contextlib.contextmanager
+def _full(cluster: LiveCluster, workers: Sequence[str], path: str) -> Iterator[None]:
+    """Have no room where the engines of some workers keep this."""
+    for worker in workers:
+        full = ["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=1", "full", f"/var/lib/docker/{path}"]
+        cluster.on_worker(worker, full).ok()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            cluster.on_worker(worker, ["umount", f"/var/lib/docker/{path}"]).ok()
+
+
+def test_full_disk_is_said_and_no_container_is_half_made(cluster: LiveCluster, running: UsersContainer) -> None:
+    job = _job(cluster)
+    create = ("ddocker", "create", "--type", "0", "--ports", "2", "--image", "my_task_image", "--name", "half")
+    with _full(cluster, cluster.workers, "image/overlay2/layerdb/mounts"):
+        for words in (("cm", "create", "3"), ("cm", "run", "--cmd", "true"), create):
+            result = cluster.user(words, USER)
+            assert (result.exit_status, "no space left on device" in result.stderr) == (1, True), result
+            assert cluster.containers(USER) == [running]
+            assert _job(cluster) == job
+    with _full(cluster, [running.worker], "image/overlay2/layerdb/tmp"):
+        result = cluster.user(["ddocker", "commit", NAME, "half"], USER)
+        assert (result.exit_status, "no space left on device" in result.stderr) == (1, True), result
+    assert "half" not in cluster.user(["ddocker", "images"], USER).ok()
+    assert cluster.containers(USER) == [running]
+    assert cluster.user(create, USER).ok().endswith("Successfully created!\n")
+    [half] = [found for found in cluster.containers(USER) if found.name == "half"]
+    form = "{{range .HostConfig.PortBindings}}{{(index . 0).HostPort}} {{end}}"
+    ports = cluster.on_worker(half.worker, ["docker", "inspect", "-f", form, half.id]).ok()
+    assert ports == "25000 25001 \n", "none was kept"
+    assert cluster.user(["ddocker", "commit", NAME, "half"], USER, timeout_s=120).ok() == "half\n"
+    cluster.user(["ddocker", "rmi", "half"], USER).ok()
+
+
+@contextlib.contextmanager
 def _unplugged(cluster: LiveCluster, worker: str) -> Iterator[None]:
     peer = cluster.on_worker(worker, ["cat", "/sys/class/net/eth0/iflink"]).ok().strip()
     [link] = [
@@ -177,9 +213,16 @@ def test_machine_that_is_cut_off_is_named_and_what_runs_there_is_in_a_job_or_sto
             result = _cm(cluster, *words, "--name", NAME)
             assert result.exit_status == 1, words
             assert "no container name" in result.stderr or "does not answer" in result.stderr, result.stderr
+        ps = cluster.user(["ddocker", "ps", "-a"], USER)
+        assert (ps.exit_status, ps.stderr) == (0, f"{running.worker} does not answer\n")
+        gone = cluster.user(["ddocker", "exec", NAME, "true"], USER)
+        assert (gone.exit_status, f"{running.worker} does not" in gone.stderr) == (1, True), gone
         down = f"{running.worker} is down"
         wait_until(lambda: "down" in cluster.nodes()[running.worker], timeout_s=200, interval_s=2, what=down)
         assert _cm(cluster, "create", "1").ok().startswith("created 1 containers\n"), "the others go on"
+        create = ("ddocker", "create", "--type", "0", "--ports", "1", "--image", "my_task_image", "--name", "other")
+        assert cluster.user(create, USER).ok().endswith("Successfully created!\n")
+        cluster.user(["ddocker", "stop", "other"], USER).ok()
     cluster.wait_for_state(job, "NODE_FAIL", timeout_s=120)
     _wait_until_stopped(cluster, running, timeout_s=120)
     _wait_until_healthy(cluster, running.worker)

@@ -194,7 +194,7 @@ def test_options_of_the_administrator_are_in_force(holds: Holds, shared: Path) -
     assert (shared / "file").read_text() == "written\n"
 
 
-def test_container_that_cannot_be_started_is_gone(holds: Holds) -> None:
+def test_image_that_is_not_there_makes_no_container(holds: Holds) -> None:
     step = holds.start("one", image="no-such-image")
     assert step.wait(30) == 1
     assert "there is no image" in step.communicate()[1]

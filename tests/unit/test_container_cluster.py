@@ -114,6 +114,13 @@ def test_cancelled_job_is_waited_for(says: Says, tmp_path: Path) -> None:
     assert (tmp_path / "scancel.asked").read_text().split() == ["--quiet", "7"]
 
 
+@pytest.mark.parametrize("said", ["Invalid node name specified for job 7", "Invalid job id specified"])
+def test_job_that_runs_or_is_over_by_now_is_left_where_it_is(says: Says, said: str) -> None:
+    asked = says("scontrol", f"echo {said!r} >&2; exit 1")
+    room.let_go_anywhere(7)
+    assert asked.read_text().split() == ["update", "JobId=7", "ReqNodeList="]
+
+
 def test_job_that_does_not_end_is_an_error(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_END_S", 0.2)
     says("scancel", "true")

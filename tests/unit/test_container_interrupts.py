@@ -2,12 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from container_manager import interrupts
 from container_manager.interrupts import Interrupted
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "images/user/files/usr/local/bin"
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -76,3 +81,13 @@ def test_signal_that_python_drops_comes_once_more() -> None:
 
     with pytest.raises(Interrupted):
         interrupted()
+
+
+@pytest.mark.parametrize("command", ["cm", "ddocker", "cminfo", "cmrun", "cmkill"])
+def test_command_that_has_not_begun_says_nothing_when_it_is_interrupted(tmp_path: Path, command: str) -> None:
+    (tmp_path / "container_manager").mkdir()
+    (tmp_path / f"container_manager/{command}.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    argv = [sys.executable, LAUNCHERS / command]
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

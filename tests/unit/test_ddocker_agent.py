@@ -112,6 +112,66 @@ def test_engine_s_complaint_tells_which_port_is_in_the_way(complaint: str, found
     assert ports.in_the_way(complaint, [25000, 25001]) == found
 
 
+def _image(size: int, *layers: str) -> dict[str, Any]:
+    return {"Size": size, "RootFS": {"Layers": list(layers)}}
+
+
+@pytest.mark.parametrize(
+    ("own", "added"),
+    [
+        ([], 0),
+        ([_image(150, "a", "b", "c")], 50),
+        ([_image(150, "a", "b", "c"), _image(170, "a", "b", "c", "d")], 70),
+        ([_image(150, "a", "b", "c"), _image(150, "a", "b", "c")], 50),
+        ([_image(150, "a", "b", "c"), _image(130, "a", "b", "x")], 80),
+        ([_image(90, "y")], 90),
+    ],
+)
+def test_image_adds_what_those_below_it_have_not(own: list[dict[str, Any]], added: int) -> None:
+    assert user_images.added_bytes(own, [_image(100, "a", "b"), _image(40, "a")]) == added
+
+
+class _FakeEngine:
+    """An engine that makes images of 3 MB more than their base."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, dict[str, Any]] = {"base": _image(2**20, "a")}
+        self.pushed: list[str] = []
+
+    def images(self) -> list[dict[str, Any]]:
+        return [{"Id": name, "Size": 0, "Labels": {}, "RepoTags": [name]} for name in self.there if name != "base"]
+
+    def image(self, name: str) -> dict[str, Any]:
+        return self.there[name]
+
+    def commit(self, container: str, repository: str, tag: str, _changes: object) -> None:
+        self.there[f"{repository}:{tag}"] = _image(4 * 2**20, "a", container)
+
+    def push(self, repository: str, tag: str, _account: object) -> None:
+        self.pushed.append(f"{repository}:{tag}")
+
+    def remove_image(self, name: str) -> None:
+        del self.there[name]
+
+
+def test_image_that_is_more_than_a_user_may_have_is_gone_before_it_is_anywhere(tmp_path: Path) -> None:
+    class Nothing(user_images.Registry):
+        def digest(self, repository: str, tag: str) -> str:
+            return ""
+
+    engine = _FakeEngine()
+    registry = Nothing("r:5001", "password", tmp_path)
+    images = user_images.UserImages(engine, registry, per_user=9, most_mb=6)  # type: ignore[arg-type]
+    for name in ("one", "two"):
+        images.commit(name, 1000, name, bases=["base"])
+    with pytest.raises(Refused, match="would add 9 MB to what they are made of, more than the 6 MB") as caught:
+        images.commit("three", 1000, "three", bases=["base"])
+    assert caught.value.code == "share"
+    assert engine.pushed == ["r:5001/u1000/one:latest", "r:5001/u1000/two:latest"]
+    assert sorted(engine.there) == ["base", *engine.pushed]
+    images.commit("one", 1001, "one", bases=["base"])
+
+
 @pytest.mark.parametrize(
     ("uid", "name", "repository", "tag", "shown"),
     [

@@ -83,6 +83,7 @@ def test_what_is_kept_free_is_nothing_unless_said() -> None:
         {"start_port_num": 65536},
         {"start_port_num": "25000"},
         {"images_per_user": -1},
+        {"images_mb": 0},
         {"additional_options": "-v /data:/data"},
         {"additional_options": [1]},
         {"unheard_of": 1},
