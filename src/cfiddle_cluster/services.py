@@ -22,6 +22,9 @@ NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
 
 
+_BUSY = "DeadlineExceeded"
+
+
 def health_s(name: str) -> int:
     """Return one of `HEALTH_S`, with patience."""
     return int(HEALTH_S[name] * PATIENCE)
@@ -52,8 +55,17 @@ def wait_until_healthy(service: str = "", *, timeout_s: float) -> None:
     def amiss() -> list[str]:
         return [name for name in unhealthy() if service in ("", name.removeprefix(f"{STACK}_"))]
 
+    def is_well() -> bool:
+        try:
+            return not amiss()
+        except APIError as error:
+            # An engine that is busy with starting all of them gives up its own questions to the swarm after 20 s.
+            if _BUSY in str(error.explanation):
+                return False
+            raise
+
     try:
-        wait_until(lambda: not amiss(), timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
+        wait_until(is_well, timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
     except ClusterError as error:
         lines = "\n".join(_describe(name) for name in amiss())
         raise ClusterError(
