@@ -14,9 +14,8 @@ from cfiddle_cluster.config import STACK
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.wait import PATIENCE, wait_until
 
-HEALTH_S = {"interval": 1, "timeout": 50, "start_period": 300}
-"""When the health checks of the images are made, in seconds, before patience. One that fails in the start period is not
-counted: a machine may be slow or busy. To make one costs an emulated machine seconds of its CPU."""
+START_PERIOD_S = 300
+"""Seconds from a container's start in which a health check that fails is not counted: a machine may be busy."""
 
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
@@ -25,9 +24,15 @@ NAMESPACE = "com.docker.stack.namespace"
 _BUSY = "DeadlineExceeded"
 
 
-def health_s(name: str) -> int:
-    """Return one of `HEALTH_S`, with patience."""
-    return int(HEALTH_S[name] * PATIENCE)
+def health_check() -> dict[str, int]:
+    """Return what takes the place of parts of the images' health checks: seconds, and how many may fail in a row.
+
+    Where patience is asked for, a check costs the machine seconds of its CPU, and may come to its end too late.
+    """
+    found = {"start_period": int(START_PERIOD_S * PATIENCE)}
+    if PATIENCE > 1:
+        found |= {"interval": int(5 * PATIENCE), "timeout": int(60 * PATIENCE), "retries": int(20 * PATIENCE)}
+    return found
 
 
 def services() -> list[Service]:
