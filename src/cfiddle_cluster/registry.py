@@ -19,7 +19,7 @@ from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each
-from cfiddle_cluster.services import HEALTH_S, health_s, is_manager
+from cfiddle_cluster.services import health_check, is_manager
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
@@ -269,7 +269,9 @@ def _create_service(
                 mode=0o444,
             )
         ],
-        healthcheck=Healthcheck(**{name: health_s(name) * _SECOND_NS for name in HEALTH_S}),
+        healthcheck=Healthcheck(
+            **{name: value * (1 if name == "retries" else _SECOND_NS) for name, value in health_check().items()}
+        ),
         restart_policy=RestartPolicy(condition="any", delay=_SECOND_NS),
         stop_grace_period=10 * _SECOND_NS,
     )

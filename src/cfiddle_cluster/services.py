@@ -14,17 +14,25 @@ from cfiddle_cluster.config import STACK
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.wait import PATIENCE, wait_until
 
-HEALTH_S = {"interval": 1, "timeout": 50, "start_period": 300}
-"""When the health checks of the images are made, in seconds, before patience. One that fails in the start period is not
-counted: a machine may be slow or busy. To make one costs an emulated machine seconds of its CPU."""
+START_PERIOD_S = 300
+"""Seconds from a container's start in which a health check that fails is not counted: a machine may be busy."""
 
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
 
 
-def health_s(name: str) -> int:
-    """Return one of `HEALTH_S`, with patience."""
-    return int(HEALTH_S[name] * PATIENCE)
+_BUSY = "DeadlineExceeded"
+
+
+def health_check() -> dict[str, int]:
+    """Return what takes the place of parts of the images' health checks: seconds, and how many may fail in a row.
+
+    Where patience is asked for, a check costs the machine seconds of its CPU, and may come to its end too late.
+    """
+    found = {"start_period": int(START_PERIOD_S * PATIENCE)}
+    if PATIENCE > 1:
+        found |= {"interval": int(5 * PATIENCE), "timeout": int(60 * PATIENCE), "retries": int(20 * PATIENCE)}
+    return found
 
 
 def services() -> list[Service]:
@@ -52,8 +60,17 @@ def wait_until_healthy(service: str = "", *, timeout_s: float) -> None:
     def amiss() -> list[str]:
         return [name for name in unhealthy() if service in ("", name.removeprefix(f"{STACK}_"))]
 
+    def is_well() -> bool:
+        try:
+            return not amiss()
+        except APIError as error:
+            # An engine that is busy with starting all of them gives up its own questions to the swarm after 20 s.
+            if _BUSY in str(error.explanation):
+                return False
+            raise
+
     try:
-        wait_until(lambda: not amiss(), timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
+        wait_until(is_well, timeout_s=timeout_s, interval_s=0.5, what="all services healthy")
     except ClusterError as error:
         lines = "\n".join(_describe(name) for name in amiss())
         raise ClusterError(

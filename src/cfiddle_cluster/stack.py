@@ -24,9 +24,8 @@ from cfiddle_cluster.config import CLUSTER, LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
 from cfiddle_cluster.services import (
-    HEALTH_S,
     NAMESPACE,
-    health_s,
+    health_check,
     is_manager,
     live_tasks,
     running_tasks,
@@ -121,8 +120,12 @@ def put(config: Config, state: State, values: Mapping[str, str], names: Collecti
 
 
 def _compose(config: Config) -> dict[str, Any]:
-    """Return the stack file, with SSH to the users' node where config.sh has a port for it."""
+    """Return the stack file, with its health checks, and SSH to the users' node where config.sh has a port for it."""
     stack: dict[str, Any] = yaml.safe_load((config.root / "docker-compose.yml").read_text())
+    for service in stack["services"].values():
+        service["healthcheck"] = {
+            name: value if name == "retries" else f"{value}s" for name, value in health_check().items()
+        }
     if config.ssh_port:
         more = yaml.safe_load((config.root / "conf" / "ssh-port.yml").read_text())
         stack["services"]["userhost"]["ports"] += more["services"]["userhost"]["ports"]
@@ -278,7 +281,6 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "USER_REGISTRY": registry.users_address(config),
         "USER_REGISTRY_PORT": str(config.user_registry_port),
         "SSH_PORT": _number(config.ssh_port),
-        **{f"HEALTH_{name.upper()}": f"{health_s(name)}s" for name in HEALTH_S},
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
         "SLURMD_BUFFER_CPUS": str(buffer.cpus),

@@ -21,7 +21,7 @@ def wait_until(
     Args:
         predicate: what is asked; asked at least once, and once more when the time is up.
         timeout_s: how long to wait, in seconds; `PATIENCE` makes them longer.
-        interval_s: the pause between two calls, in seconds.
+        interval_s: the pause between two calls, in seconds; `PATIENCE` makes it longer, since a look costs more there.
         what: what is waited for, as it stands in the error.
         remedy: what to do when it does not come.
 
@@ -37,4 +37,4 @@ def wait_until(
             return value
         if late:
             raise ClusterError(f"waited {timeout_s:.0f} s in vain: {what}", remedy)
-        time.sleep(interval_s)
+        time.sleep(interval_s * PATIENCE)

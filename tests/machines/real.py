@@ -24,6 +24,7 @@ KNOWN_HOSTS = "/var/lib/cfiddle-cluster/ssh/known_hosts"
 CARRIED = "agent"
 IMAGE_FILE = "image.tar"
 ENGINE_SIZE = 20 << 30
+PYTEST = ("cloudpickle", "iniconfig", "pluggy", "pytest", "pytest-timeout")
 
 INSTALL_TIMEOUT_S = 120
 UP_TIMEOUT_S = 300
@@ -136,6 +137,17 @@ class RealCluster:
     def invoke(self, arguments: str, *, timeout_s: float = 120) -> Result:
         """Run a task on the head, without a terminal."""
         return self.head.run(self.command(arguments), timeout_s=timeout_s)
+
+    def pytest(self, arguments: str, *, timeout_s: float) -> Result:
+        """Run tests on the head; of what developers have it gets only what these need."""
+        lock = (ROOT / "requirements/development.lock").read_text()
+        needed = re.findall(rf"^(?:{'|'.join(map(re.escape, PYTEST))})==.*\n(?: .*\n)+", lock, re.MULTILINE)
+        python = f"cd {CHECKOUT} && .venv/bin/python -m"
+        pip = f"{python} pip install --quiet --no-compile --no-deps --require-hashes --requirement /dev/stdin"
+        self.head.run(pip, timeout_s=INSTALL_TIMEOUT_S, input="".join(needed)).ok()
+        return self.head.run(
+            f"CFIDDLE_PATIENCE={PATIENCE}; export CFIDDLE_PATIENCE; {python} pytest {arguments}", timeout_s=timeout_s
+        )
 
     # --- users, Slurm ------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,17 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> Swarm:
     return found
 
 
+def test_engine_that_is_too_busy_to_say_is_asked_again(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["rpc error: code = DeadlineExceeded desc = context deadline exceeded", "no such node"])
+
+    def unhealthy() -> list[str]:
+        raise APIError("refused", explanation=next(said))
+
+    monkeypatch.setattr(services, "unhealthy", unhealthy)
+    with pytest.raises(APIError, match="no such node"):
+        services.wait_until_healthy(timeout_s=10)
+
+
 def test_without_a_swarm_there_are_no_services(swarm: Swarm) -> None:
     swarm.is_manager = False
     assert services.services() == []

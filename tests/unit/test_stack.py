@@ -121,9 +121,10 @@ def test_simulated_workers_say_what_config_sh_says_and_real_ones_what_they_have(
 @pytest.mark.parametrize("patience", [1, 12])
 def test_no_service_is_replaced_because_it_starts_slowly(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
     monkeypatch.setattr("cfiddle_cluster.services.PATIENCE", patience)
-    assert {service["healthcheck"]["start_period"] for service in SERVICES.values()} == {"${HEALTH_START_PERIOD}"}
-    assert values()["HEALTH_START_PERIOD"] == f"{300 * patience}s"
-    assert values()["HEALTH_INTERVAL"] == f"{patience}s"
+    services = stack._compose(samples.config(ROOT))["services"]
+    checks = [service["healthcheck"] for service in services.values()]
+    assert {check["start_period"] for check in checks} == {f"{300 * patience}s"}
+    assert {check.get("interval") for check in checks} == {"60s" if patience == 12 else None}
 
 
 def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
@@ -216,7 +217,7 @@ def test_nothing_is_drained_when_nothing_of_it_changes(monkeypatch: pytest.Monke
 def test_ssh_is_published_where_config_sh_has_a_port_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     deployed = Deployed(monkeypatch, labels())
     deployed.deploy()
-    assert deployed.services == SERVICES
+    assert deployed.services == stack._compose(samples.config(ROOT))["services"]
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -229,7 +230,7 @@ def test_services_that_are_not_named_are_not_told_to_swarm(monkeypatch: pytest.M
     deployed = Deployed(monkeypatch, labels())
     state: Any = None
     stack.put(samples.config(ROOT), state, values(), ["slurmctld"])
-    assert deployed.services == {"slurmctld": SERVICES["slurmctld"]}
+    assert deployed.services == {"slurmctld": stack._compose(samples.config(ROOT))["services"]["slurmctld"]}
     assert deployed.events == ["stack deploy"]
 
 

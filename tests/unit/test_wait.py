@@ -36,3 +36,12 @@ def test_who_is_patient_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wait, "PATIENCE", 10.0)
     began = time.monotonic()
     assert wait_until(lambda: time.monotonic() - began > 0.3, timeout_s=0.1, interval_s=0.01, what="it")
+
+
+def test_who_is_patient_looks_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(wait, "PATIENCE", 10.0)
+    monkeypatch.setattr(wait.time, "sleep", pauses.append)
+    looks = iter([False, True])
+    assert wait_until(lambda: next(looks), timeout_s=1, interval_s=0.5, what="it")
+    assert pauses == [5.0]
