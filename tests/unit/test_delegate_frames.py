@@ -131,7 +131,7 @@ def test_silence_counts_from_the_last_byte(link: tuple[frames.Link, int, int], m
     assert not near.silent
     near.beat()
     assert _decoded(os.read(far_read, 100)) == [(frames.BEAT, b"")]
-    monkeypatch.setattr(time, "monotonic", lambda: now + 2.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + frames.SILENCE_S + 0.5)
     assert near.silent
 
 

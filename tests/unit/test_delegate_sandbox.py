@@ -45,7 +45,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SRC = Path(delegate_function.__file__).parents[1]
 NODE = {"name": "c9"}
-AGENT_S = 3
+AGENT_S = SILENCE_S + 2
 USAGE = {"wall_s": 0.25, "user_s": 0.125, "system_s": 0.0, "peak_memory_mb": 12.5}
 STARTED = {
     "type": "started",
