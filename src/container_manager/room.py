@@ -90,7 +90,12 @@ def job(number: int) -> Job:
     """Return how a job is; one that is forgotten already is COMPLETED."""
     argv = ["squeue", "--noheader", "--states", "all", "--jobs", str(number), "--format", "%T|%N|%r"]
     answer = ask(argv, unless=_OVER)
-    return Job(*answer.strip().split("|", 2)) if answer.strip() else Job("COMPLETED", "", "")
+    if not answer.strip():
+        return Job("COMPLETED", "", "")
+    state, machine, reason = answer.strip().split("|", 2)
+    if re.match(r"QOSMax\w+PerUser", reason):
+        reason = f"you have as much as one user may ({reason})"
+    return Job(state, machine, reason)
 
 
 def cancel(numbers: Iterable[int]) -> None:

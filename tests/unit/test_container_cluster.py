@@ -86,6 +86,10 @@ def test_administrator_submits_for_the_container_s_owner(says: Says, monkeypatch
     [
         ("RUNNING|c1|None", Job("RUNNING", "c1", "None"), False),
         ("PENDING||Resources", Job("PENDING", "", "Resources"), True),
+        *(
+            (f"PENDING||{said}", Job("PENDING", "", f"you have as much as one user may ({said})"), True)
+            for said in ("QOSMaxMemoryPerUser", "QOSMaxCpuPerUserLimit", "QOSMaxGRESPerUser")
+        ),
         (
             "PENDING||ReqNodeNotAvail, UnavailableNodes:c1|c2",
             Job("PENDING", "", "ReqNodeNotAvail, UnavailableNodes:c1|c2"),
