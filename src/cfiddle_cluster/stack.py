@@ -36,7 +36,12 @@ from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
 SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority", "user-registry-password", "registry-key")
-CONFIGS = {"slurm.conf": "conf/slurm.conf", "slurmdbd.conf": "conf/slurmdbd.conf", "policy.yaml": "policy.yaml"}
+CONFIGS = {
+    "slurm.conf": "conf/slurm.conf",
+    "cgroup.conf": "conf/cgroup.conf",
+    "slurmdbd.conf": "conf/slurmdbd.conf",
+    "policy.yaml": "policy.yaml",
+}
 CERTIFICATES = ("ca.crt", "registry.crt")
 """Configurations, too, but of the state."""
 IMAGES = ("mysql", "cluster", "agent", "sandbox", "compiler", "task", "registry", "user")

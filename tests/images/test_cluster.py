@@ -98,6 +98,7 @@ def slurm(network: str, start_for_all: Start, secret_file: Secret, munge_key: Pa
     conf.chmod(0o644)
     settings = [
         f"--volume={conf}:/etc/slurm/slurm.conf:ro",
+        f"--volume={ROOT}/conf/cgroup.conf:/etc/slurm/cgroup.conf:ro",
         f"--volume={ROOT}/conf/slurmdbd.conf:/etc/slurm/slurmdbd.conf.in:ro",
     ]
 
