@@ -267,7 +267,7 @@ def _interrupted(cluster: LiveCluster, after_s: float, *words: str) -> Result:
 
 
 def _moments(whole: Result) -> list[float]:
-    """Return twelve moments of what takes so long undisturbed, the first when it has just begun, in seconds."""
+    """Return twelve moments of what takes so long undisturbed, in seconds; at the first it may not have begun yet."""
     return [0.1 + whole.seconds * part / 11 for part in range(12)]
 
 
@@ -290,7 +290,7 @@ def test_run_that_is_interrupted_leaves_a_container_in_a_job_or_none(cluster: Li
     for after_s in _moments(cm("run", "--cmd", "true")):
         cluster.remove_containers(USER)
         result = _interrupted(cluster, after_s, "run", "--cmd", "sleep 100")
-        assert (result.exit_status, result.stderr) == (130, "interrupted\n"), result
+        assert (result.exit_status, result.stderr) in ((130, ""), (130, "interrupted\n")), result
         assert _states(cluster) == ({NAME(0): "running"} if result.stdout else {}), result
         _wait_until_each_is_in_a_job(cluster, timeout_s=3)
         said.add(result.stdout)
