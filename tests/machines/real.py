@@ -151,15 +151,14 @@ class RealCluster:
 
     # --- users, Slurm ------------------------------------------------------------------------------------------------
 
-    def in_service(self, service: str, command: str, machine: VirtualMachine | None = None, **options: str) -> Result:
-        """Run a shell command in a service's container, on the head or on a worker; `user` and others are docker's."""
-        given = " ".join(f"--{name}={shlex.quote(value)}" for name, value in options.items())
+    def in_service(self, service: str, command: str, machine: VirtualMachine | None = None) -> Result:
+        """Run a shell command as root in a service's container, on the head or on a worker."""
         where = f"$({_ON_EACH_NODE}{service} | head -n1)"
-        return (machine or self.head).run(f"docker exec -i {given} {where} bash -c {shlex.quote(command)}")
+        return (machine or self.head).run(f"docker exec -i {where} bash -c {shlex.quote(command)}")
 
     def user(self, command: str, user: str = "jovyan") -> Result:
         """Run a shell command as a user on the users' node."""
-        return self.in_service("userhost", command, user=user, workdir=f"/home/{user}", env=f"HOME=/home/{user}")
+        return self.in_service("userhost", f"exec as-user {user} bash -c {shlex.quote(command)}")
 
     def slurm(self, command: str) -> str:
         """Run one of Slurm's commands as its administrator."""
