@@ -1,7 +1,7 @@
 """The thread that talks with the first hop, about one call or, in a lease, about one call after the other.
 
 It sends the beats, so that neither a slow `sys.stdout` nor a long output holds one back; the thread that made the call
-writes the output and waits. Only Python code elsewhere in the process that does not let go of the interpreter for 3 s
+writes the output and waits. Only Python code elsewhere in the process that does not let go of the interpreter for 1.5 s
 can silence it.
 """
 

@@ -3,7 +3,7 @@
 A frame is one letter for its type, four bytes for its length (big endian), its content, and a newline. The newline is
 there for srun: it passes a task's output on when it sees the end of a line, and holds it back until then.
 
-Each side of a link sends a beat at least every half second; 3 s without a byte mean that the other side is dead (a
+Each side of a link sends a beat at least every half second; 1.5 s without a byte mean that the other side is dead (a
 closed stream cannot be relied upon: srun killed with SIGKILL leaves its step running without an end of file). So that a
 long output never holds a beat back, four streams have a window: payload, input, output and result. Who sends on one may
 have `WINDOW` bytes under way, and goes on when the far end of the stream says, with a credit, that it has used them up.
@@ -53,7 +53,7 @@ RESULT_STREAM = b"r"
 INPUT_STREAM = b"i"
 
 BEAT_S = 0.5
-SILENCE_S = 3.0
+SILENCE_S = 1.5
 CHUNK = 128 * 1024
 WINDOW = 4 * 1024 * 1024
 MAX_FRAME = 256 * 1024
