@@ -7,7 +7,7 @@ import time
 from live import PATIENCE, LiveCluster, wait_until
 
 PRELUDE = """
-import collections, json, os, subprocess, sys, threading, time
+import collections, json, os, pathlib, subprocess, sys, threading, time
 from concurrent.futures import as_completed, wait
 from delegate_function import DelegateFunctionException, Executor, SandboxDelegate, SlurmDelegate
 
@@ -185,7 +185,10 @@ futures = [executor.submit(nap, 1000 if number > 3 else 0) for number in range(6
 ids = [future.job_id for future in futures]
 print(*ids, flush=True)
 print(*[bool(future.result(60)) for future in futures[:4]], flush=True)
-while not futures[4].running():
+job, _, number = ids[4].partition("_")
+detached = pathlib.Path.home() / ".delegate_function" / "detached"
+[directory] = [path.parent for path in detached.glob("*/job") if path.read_text() == job]
+while not any(b"begun" in path.read_bytes() for path in directory.glob(f"{number or 0}.partial.*")):
     time.sleep(0.1)
 subprocess.run(["scancel", ids[4]], check=True)
 error = futures[4].exception(30)
