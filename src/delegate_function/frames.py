@@ -281,7 +281,11 @@ class Link:
     @property
     def silent(self) -> bool:
         """Say whether nothing was heard for too long, since the first byte or `watch`."""
-        return self._beats and self._heard is not None and time.monotonic() - self._heard > SILENCE_S
+        return self.until_silent() <= 0
+
+    def until_silent(self) -> float:
+        """Return the seconds until the silence is too long."""
+        return SILENCE_S - (time.monotonic() - self._heard) if self._beats and self._heard is not None else SILENCE_S
 
     def beat(self) -> None:
         """Send a beat if it is time for one and the other side was heard (before, nobody would read it)."""
@@ -321,7 +325,9 @@ class Poller:
             masks[fd] = masks.get(fd, 0) | select.POLLOUT
         for fd, mask in masks.items():
             poll.register(fd, mask)
-        timeout_s = min([BEAT_S / 2, *(link.until_beat() for link in links if not link.pending)])
+        # Who is silent already is no reason to hurry.
+        silences = (left for link in links if (left := link.until_silent()) > 0)
+        timeout_s = min([BEAT_S / 2, *silences, *(link.until_beat() for link in links if not link.pending)])
         ready = {fd for fd, _ in poll.poll(max(1, int(timeout_s * 1000)))}
         after = time.monotonic()
         if held_up or after - now > 2 * BEAT_S:

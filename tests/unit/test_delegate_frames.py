@@ -136,6 +136,19 @@ def test_silence_counts_from_the_last_byte(link: tuple[frames.Link, int, int], m
     assert near.silent
 
 
+def test_silence_is_noticed_when_it_has_lasted_long_enough(
+    link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _, _ = link
+    monkeypatch.setattr(frames, "SILENCE_S", 0.05)
+    near.watch()
+    began = time.monotonic()
+    poller = frames.Poller()
+    while not near.silent:
+        poller.wait([near.read_fd], [], [near])
+    assert time.monotonic() - began < frames.BEAT_S / 2
+
+
 def test_being_held_up_oneself_is_not_the_other_sides_silence(
     link: tuple[frames.Link, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
