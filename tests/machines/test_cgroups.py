@@ -1,5 +1,7 @@
 """Point 4: cgroup v2. Limits hold, what daemonises dies with its job, and attacks on the kernel fail here too."""
 
+import shlex
+
 import pytest
 
 from live import wait_until
@@ -45,7 +47,7 @@ def test_engines_use_cgroup_v2_by_systemd(cluster: RealCluster) -> None:
 
 def test_limits_of_a_call_are_its_sandbox_s_cgroup_s(cluster: RealCluster) -> None:
     worker = cluster.workers[0]
-    job = cluster.sbatch(f"python3 - <<'END'\n{SLEEPER}\nEND")
+    cluster.user(f"python3 -c {shlex.quote(SLEEPER)} </dev/null >/dev/null 2>&1 &").ok()
     try:
 
         def limits() -> list[list[str]]:
@@ -56,18 +58,18 @@ def test_limits_of_a_call_are_its_sandbox_s_cgroup_s(cluster: RealCluster) -> No
         assert swap == "0"
         assert processes.isdigit()
     finally:
-        cluster.slurm(f"scancel {job}")
+        cluster.slurm("scancel --user=jovyan")
 
 
 def test_limits_of_a_container_are_its_cgroup_s(cluster: RealCluster) -> None:
     worker = cluster.workers[0]
-    cluster.user("cm create 1").ok()
+    cluster.user("cm run --cmd true").ok()
     try:
         found = worker.run(LIMITS.replace("{label}", "cfiddle.container")).ok().split()
         assert len(found) == 3
         assert all(value.isdigit() for value in (found[0], found[2])), found
     finally:
-        cluster.user("cm delete --all")
+        cluster.user("cm stop && cm delete").ok()
 
 
 def test_processes_that_daemonise_die_with_their_job(cluster: RealCluster) -> None:

@@ -7,7 +7,9 @@ from machines.virtual import VirtualMachine
 HEALTH_TIMEOUT_S = 90
 """Slurm asks idle nodes once a minute."""
 
-FILL = "fallocate -l $(($(df --output=avail -B1 / | tail -n1) - (8 << 20))) /filling"
+FILLING = "/var/lib/docker/filling"
+"""A file on the disk that the services' volumes are on."""
+FILL = f"fallocate -l $(($(df --output=avail -B1 /var/lib/docker | tail -n1) - (8 << 20))) {FILLING}"
 
 
 def reason(cluster: RealCluster, node: str) -> str:
@@ -31,7 +33,7 @@ def test_worker_with_a_full_disk_is_drained_until_there_is_room(cluster: RealClu
             what="it is drained",
         )
     finally:
-        worker.run("rm /filling").ok()
+        worker.run(["rm", FILLING]).ok()
     cluster.wait_until_ready(timeout_s=HEALTH_TIMEOUT_S)
 
 
@@ -42,7 +44,7 @@ def test_head_with_a_full_disk_says_so_and_loses_no_job(cluster: RealCluster) ->
     try:
         assert "full" in cluster.invoke("doctor").output
     finally:
-        cluster.head.run("rm /filling").ok()
+        cluster.head.run(["rm", FILLING]).ok()
     after = cluster.sbatch("true")
     cluster.wait_for_state(after, "COMPLETED", timeout_s=120)
     assert after > before

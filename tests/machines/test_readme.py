@@ -2,7 +2,7 @@
 
 import pytest
 
-from machines.real import HOMES, UP_TIMEOUT_S, RealCluster, Record
+from machines.real import CARRIED, HOMES, IMAGE_FILE, UP_TIMEOUT_S, RealCluster, Record
 
 CALL = """
 from delegate_function import SandboxDelegate, SlurmDelegate
@@ -33,6 +33,15 @@ def test_accounts_and_homes_of_the_machines_are_not_touched(cluster: RealCluster
 
 def test_call_in_a_sandbox_returns_its_value(cluster: RealCluster) -> None:
     assert cluster.user(f"python3 - <<'END'\n{CALL}\nEND").ok().strip() == "42"
+
+
+def test_image_that_is_missing_is_loaded_from_a_file(cluster: RealCluster) -> None:
+    listed = f"docker image ls --format '{{{{.Repository}}}}:{{{{.Tag}}}}' cfiddle-{CARRIED}"
+    image = cluster.head.run(listed).ok()
+    cluster.head.run(f"docker image rm {image}").ok()
+    assert not cluster.head.run(listed).ok()
+    cluster.invoke(f"load-images /mnt/{IMAGE_FILE}").ok()
+    assert cluster.head.run(listed).ok() == image
 
 
 @pytest.mark.timeout(UP_TIMEOUT_S)
