@@ -1,7 +1,9 @@
-"""Programs that stand in for commands, in tests of what is asked of them."""
+"""Programs that stand in for commands, in tests of what is asked of them; and those of the images as modules."""
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import delegate_function
 
@@ -26,3 +28,12 @@ def hop_program(directory: Path) -> str:
     )
     file.chmod(0o755)
     return str(file)
+
+
+def loaded(file: Path) -> ModuleType:
+    """Return a fresh module of a Python file that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -138,7 +138,7 @@ class Cluster:
             silent.extend(others)
             # An upgrade could not keep Swarm from replacing the services of a worker that we alone do not reach.
             is_upgrade = bool(patience) or upgrade.is_under_way(self.state)
-            if is_upgrade or not any("worker" in machine.roles for machine in there):
+            if is_upgrade or not _that_run_jobs(there):
                 _refuse(
                     silent, "mend that; who is gone for good: ./invoke remove-worker NAME, or WORKER_ADDRS in config.sh"
                 )
@@ -163,8 +163,7 @@ class Cluster:
 
         def calibration_() -> None:
             limit = self.config.calibration_limit
-            workers = [machine for machine in there if "worker" in machine.roles]
-            for outcome in calibration.ensure_calibrated(self.state, workers, identities, limit):
+            for outcome in calibration.ensure_calibrated(self.state, _that_run_jobs(there), identities, limit):
                 if outcome.difference and outcome.difference.is_off:
                     report.note(f"{outcome.name} {outcome.what}; when it is mended: ./invoke calibrate")
 
@@ -218,7 +217,7 @@ class Cluster:
 
     def _slurm_workers(self) -> list[Machine]:
         """Return the machines that run jobs; the head is one if it is a worker too."""
-        return [machine for machine in self._machines() if "worker" in machine.roles]
+        return _that_run_jobs(self._machines())
 
     def _worker_list(self) -> list[Machine]:
         if self.config.simulated:
@@ -481,8 +480,7 @@ class Cluster:
         packages.ensure_root()
         with self.state.lock("remove-user"):
             self._must_run()
-            workers = [machine for machine in (self._head, *self._worker_list()) if "worker" in machine.roles]
-            there, silent = machines.reached(workers)
+            there, silent = machines.reached(_that_run_jobs([self._head, *self._worker_list()]))
             users.remove(self.config, self.state, name, delete_home=delete_home, machines=there)
             for found in silent:
                 print(f"{found.machine.name} does not answer: containers of {name} may be left there")
@@ -599,6 +597,10 @@ class Cluster:
         for addr in [machine.addr for machine in listed if machine.addr not in {found.addr for found in answering}]:
             report.note(f"{addr} does not answer; should it come back, run there: docker swarm leave --force")
         machines.on_each(answering, release)
+
+
+def _that_run_jobs(machines: Iterable[Machine]) -> list[Machine]:
+    return [machine for machine in machines if "worker" in machine.roles]
 
 
 def _refuse(silent: Collection[Silent], remedy: str) -> None:

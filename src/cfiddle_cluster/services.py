@@ -20,8 +20,8 @@ START_PERIOD_S = 300
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
 
-
 _BUSY = "DeadlineExceeded"
+"""What an engine says that gave up its own question to the swarm."""
 
 
 def health_check() -> dict[str, int]:

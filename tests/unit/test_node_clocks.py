@@ -1,6 +1,5 @@
 """The look at the nodes' clocks: which are off, and what Slurm is told of them."""
 
-import importlib.util
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 from agent.door import Door
 from cfiddle_cluster import doctor
 from live import ROOT
+from stand_ins import loaded
 
 MODULE = ROOT / "images/cluster/files/usr/local/lib/cfiddle/node_clocks.py"
 AHEAD = "its clock is 600 s ahead of the head's"
@@ -20,11 +20,7 @@ HERE = "127.0.0.1"
 
 @pytest.fixture
 def clocks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("node_clocks", MODULE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(MODULE)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The service that tells users their jobs' places: whose jobs, how often Slurm is asked, and what is hung up on."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from live import ROOT, wait_until
+from stand_ins import loaded
 
 MODULE = ROOT / "images/user/files/usr/local/lib/cfiddle/queue_place.py"
 ADA, EVE = 2001, 2002
@@ -31,11 +31,7 @@ JOBS = """\
 
 @pytest.fixture
 def service() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("queue_place", MODULE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(MODULE)
 
 
 @pytest.fixture
