@@ -86,6 +86,7 @@ def test_signal_that_python_drops_comes_once_more() -> None:
 @pytest.mark.parametrize("command", ["cm", "ddocker", "cminfo", "cmrun", "cmkill"])
 def test_command_that_has_not_begun_says_nothing_when_it_is_interrupted(tmp_path: Path, command: str) -> None:
     (tmp_path / "container_manager").mkdir()
+    (tmp_path / "container_manager/__init__.py").touch()
     (tmp_path / f"container_manager/{command}.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
     argv = [sys.executable, LAUNCHERS / command]
     environment = {"PYTHONPATH": str(tmp_path)}
