@@ -75,6 +75,7 @@ def ask(path: Path, kind: str, *, last: str) -> list[dict[str, Any]]:
 
 def serve(options: argparse.Namespace) -> NoReturn:
     """Sweep what an earlier agent left, then serve until a signal; leave no sandbox behind."""
+    from agent import duty
     from agent.engine import Engine, EngineError
     from agent.grants import Grants
     from agent.policy import PolicyError, load, own_images
@@ -85,6 +86,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(duty.FAILED, lambda *_: sys.exit(1))
     try:
         policy = load(options.policy, images=own_images(os.environ))
         engine, grants = Engine(options.engine), Grants(options.grants)
@@ -102,12 +104,17 @@ def serve(options: argparse.Namespace) -> NoReturn:
     except (PolicyError, EngineError, OSError) as error:
         sys.exit(f"error: {error}")
     log.info("serving profiles %s; %d sandboxes of before removed", ", ".join(sorted(policy.profiles)), swept)
+    status: object = 1
     try:
         server.run()
+    except SystemExit as ending:
+        status = ending.code
+    except Exception:
+        log.exception("the agent ends, for it can let nobody in")
     finally:
         server.close()
         logging.shutdown()
-        os._exit(0)
+        os._exit(1 if status else 0)
 
 
 def open_containers(

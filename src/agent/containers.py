@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent import container_shape, gpus, ports, wire
+from agent import container_shape, duty, gpus, ports, wire
 from agent.container_policy import ContainerPolicy
 from agent.container_shape import (
     IMAGE_LABEL,
@@ -121,8 +121,8 @@ class Containers:
         self._created: dict[str, str] = {}
         self._written_mb: dict[int, float] = {}
         self._unsure = True  # whether a container may run that nobody holds
-        for work in (self._sweep, self._watch_disk):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        duty.begin(self._sweep, "sweep")
+        duty.begin(self._watch_disk, "watch disk")
 
     # --- what a user can ask, over the network ------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-from agent import letters
+from agent import duty, letters
 from agent.container_request import field, name_of, size_of
 from agent.containers import Containers
 from agent.engine import Command, EngineError
@@ -47,7 +47,7 @@ class Door:
 
     def open(self) -> None:
         """Begin to let people in, each in a thread of its own."""
-        threading.Thread(target=self._run, name="door", daemon=True).start()
+        duty.begin(self._run, "door")
 
     def _run(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from agent import duty
 from agent.engine import EngineError
 from agent.grants import Grant, Grants
 from agent.policy import Limits, Profile
@@ -67,6 +68,9 @@ class _Closed(Exception):
     """The agent ends."""
 
 
+_EXPECTED = (EngineError, SandboxError, OSError, _Closed)
+
+
 class _Trouble:
     """How often in a row a profile's sandboxes could not be made, and when that is tried again."""
 
@@ -76,7 +80,8 @@ class _Trouble:
 
     def note(self, profile: str, error: Exception) -> None:
         if not self._retry_s:
-            log.warning("no sandbox of profile %s can be made to wait: %s", profile, error)
+            unexpected = None if isinstance(error, _EXPECTED) else error
+            log.warning("no sandbox of profile %s can be made to wait: %s", profile, error, exc_info=unexpected)
         self._retry_s = min(max(_FIRST_RETRY_S, 2 * self._retry_s), _LAST_RETRY_S)
         self.until = time.monotonic() + self._retry_s
 
@@ -106,10 +111,9 @@ class Pool:
         self._to_remove: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
         self._removals = 0
         self._wake = os.eventfd(0)
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._remove)]
         quiet.on_change = lambda: os.eventfd_write(self._wake, 1)
-        for thread in self._threads:
-            thread.start()
+        duty.begin(self._keep, "keep")
+        duty.begin(self._remove, "remove")
 
     @contextlib.contextmanager
     def sandbox(
@@ -254,10 +258,10 @@ class Pool:
             self._wait_for_leave(making)
             sandbox.start()
             self._boot(making, sandbox)
-        except (EngineError, SandboxError, OSError, _Closed) as error:
+        except Exception as error:  # whatever it was: a call that waits for this one has to go on
             problem = error
             if sandbox:
-                self._sandboxes.destroy(sandbox)
+                self._discard(sandbox)
         with self._changed:
             self._making.remove(making)
             if problem is None:

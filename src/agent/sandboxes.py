@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent import own, seccomp, usage, wire
+from agent import duty, own, seccomp, usage, wire
 from agent.engine import Engine, EngineError
 from agent.policy import Limits, Mount, Profile
 
@@ -379,7 +379,7 @@ class Sandboxes:
         self._closed = False
         self._live: dict[str, tuple[Sandbox, Path]] = {}
         self._left = threading.Event()
-        threading.Thread(target=self._tidy, name="tidy", daemon=True).start()
+        duty.begin(self._tidy, "tidy")
 
     def check_image(self, profile: Profile) -> None:
         """Raise EngineError if this machine lacks a profile's image."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import duty
 from cfiddle_cluster.commands import docker_cli, run
 from containers import Start
 from hostile import GOES_ON
@@ -301,6 +302,15 @@ def test_an_agent_told_to_end_while_it_makes_some_leaves_nothing(worker: Worker)
     worker.revoke(7)
     half_made(worker)
     worker.agent.stop()
+    assert worker.sandboxes() == []
+    run([docker_cli(), "start", worker.agent.name], timeout_s=30)
+    worker.agent.wait_until_healthy()
+
+
+def test_an_agent_that_fails_ends_with_1_and_leaves_nothing(worker: Worker) -> None:
+    worker.python(CONTAINER)
+    run([docker_cli(), "kill", "--signal", duty.FAILED.name, worker.agent.name], timeout_s=30)
+    assert run([docker_cli(), "wait", worker.agent.name], timeout_s=30) == "1\n"
     assert worker.sandboxes() == []
     run([docker_cli(), "start", worker.agent.name], timeout_s=30)
     worker.agent.wait_until_healthy()

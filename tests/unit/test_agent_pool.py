@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agent import wire
+from agent import duty, wire
 from agent.engine import EngineError
 from agent.grants import Grant, Grants
 from agent.policy import Limits, Profile
@@ -39,7 +40,7 @@ class Sandbox:
     def start(self) -> None:
         self.said.append("started")
         if self._maker.problem:
-            raise EngineError(500, self._maker.problem)
+            raise self._maker.problem
 
     def wait_until(self, wanted: State, *, timeout_s: float, wake: int) -> bool:
         self.asked = wanted
@@ -79,7 +80,7 @@ class Sandboxes:
         self.made: list[Sandbox] = []
         self.made_at: list[float] = []
         self.destroyed: list[Sandbox] = []
-        self.problem = ""
+        self.problem: Exception | None = None
         self.boots, self._boot = os.pipe()
         self.prepares, self._prepare = os.pipe()
 
@@ -283,11 +284,11 @@ def test_what_cannot_be_made_is_said_once_and_tried_ever_less_often(
     monkeypatch.setattr("agent.pool._FIRST_RETRY_S", 0.02)
     machine.sandboxes.boot()
     machine.wait_until_full()
-    machine.sandboxes.problem = "no space left"
+    machine.sandboxes.problem = EngineError(500, "no space left")
     with caplog.at_level("INFO", "agent"):
         machine.take()
         machine.wait_for("it was tried four times", lambda: len(machine.sandboxes.made) >= 7)
-        machine.sandboxes.problem = ""
+        machine.sandboxes.problem = None
         machine.wait_until_full()
     first, second, third, fourth = machine.sandboxes.made_at[3:7]
     assert second - first >= 0.02
@@ -296,6 +297,38 @@ def test_what_cannot_be_made_is_said_once_and_tried_ever_less_often(
     said = [record.getMessage() for record in caplog.records]
     assert sum("no space left" in text for text in said) == 1
     assert sum("can be made again" in text for text in said) == 1
+
+
+def test_a_call_whose_half_made_one_meets_a_fault_of_ours_goes_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    boots = Sandbox.wait_until
+
+    def broken(sandbox: Sandbox, wanted: State, *, timeout_s: float, wake: int) -> bool:
+        boots(sandbox, wanted, timeout_s=timeout_s, wake=wake)
+        monkeypatch.setattr(Sandbox, "wait_until", boots)
+        raise LookupError("a fault")
+
+    machine.wait_for("two are being made", lambda: sum(one.asked is not None for one in machine.sandboxes.made) == 2)
+    monkeypatch.setattr(Sandbox, "wait_until", broken)
+    threading.Timer(0.1, machine.sandboxes.boot).start()
+    assert machine.take().state is not State.GONE
+    machine.wait_for("it is said", lambda: "LookupError: a fault" in caplog.text)
+
+
+def test_a_thread_that_the_agent_cannot_do_without_ends_it_when_it_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(duty, "FAILED", signal.SIGUSR1)
+    before = signal.signal(signal.SIGUSR1, lambda number, _: told.append(number))
+    try:
+        duty.begin(lambda: [].pop(), "keep")
+        wait_until(lambda: told == [signal.SIGUSR1], timeout_s=5, what="it was told")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "its thread keep failed" in caplog.text
+    assert "IndexError: pop from empty list" in caplog.text
 
 
 def test_one_that_dies_while_it_waits_is_replaced(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
