@@ -23,12 +23,34 @@ ours() { "$1" --wait -t mangle -S | sed -nE '/^-[AN] .*CFIDDLE-/p'; } # usage: o
 
 without_jumps() { sed -nE 's/^-A (PREROUTING|FORWARD) /-D \1 /p'; }
 
+# A change is refused as a whole when somebody else, an engine for instance, changes the tables at the same moment.
+again() { # usage: again COMMAND…
+    local tries=5
+    until "$@"; do
+        ((--tries)) || return 1
+        sleep 0.2
+    done
+}
+
 # All at once: there is no moment without rules, and none with half of them.
 replace() { # usage: replace iptables|ip6tables RULES
     local jumps
     # Before the pipe: iptables-restore of the older tables holds their lock from its start.
-    jumps=$(ours "$1" | without_jumps)
-    printf '*mangle\n%s\n%s\nCOMMIT\n' "$jumps" "$2" | "$1-restore" --wait --noflush
+    jumps=$(ours "$1" | without_jumps) &&
+        printf '*mangle\n%s\n%s\nCOMMIT\n' "$jumps" "$2" | "$1-restore" --wait --noflush
+}
+
+take_away() { # usage: take_away iptables|ip6tables
+    local found
+    found=$(ours "$1") || return
+    [[ $found ]] || return 0
+    {
+        printf '*mangle\n'
+        without_jumps <<<"$found"
+        sed -n 's/^-N /-F /p' <<<"$found"
+        sed -n 's/^-N /-X /p' <<<"$found"
+        printf 'COMMIT\n'
+    } | "$1-restore" --wait --noflush
 }
 
 write() { # usage: write FILE TEXT
@@ -70,28 +92,18 @@ set_rules() {
         systemctl enable --quiet cfiddle-firewall.service
     fi
     for tables in $(families); do
-        if [[ $tables == iptables ]]; then replace "$tables" "$3"; else replace "$tables" "$4"; fi
+        if [[ $tables == iptables ]]; then again replace "$tables" "$3"; else again replace "$tables" "$4"; fi
     done
 }
 
 load() {
     local tables
-    for tables in $(families); do replace "$tables" "$(<"$kept/$tables")"; done
+    for tables in $(families); do again replace "$tables" "$(<"$kept/$tables")"; done
 }
 
 unset_rules() {
-    local tables found
-    for tables in $(families); do
-        found=$(ours "$tables")
-        [[ $found ]] || continue
-        {
-            printf '*mangle\n'
-            without_jumps <<<"$found"
-            sed -n 's/^-N /-F /p' <<<"$found"
-            sed -n 's/^-N /-X /p' <<<"$found"
-            printf 'COMMIT\n'
-        } | "$tables-restore" --wait --noflush
-    done
+    local tables
+    for tables in $(families); do again take_away "$tables"; done
     if [[ -e $unit ]]; then
         if has_systemd; then systemctl disable --quiet cfiddle-firewall.service; fi
         rm -f "$unit"

@@ -1,5 +1,7 @@
 """Which ports are for members, who is one, and what an administrator sees; the rules themselves run in tests/images."""
 
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -255,3 +257,31 @@ def test_lines_are_at_most_80_columns_wide(world: World, tmp_path: Path) -> None
     said = world.text()
     assert "2222" in said
     assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("what", [["set", "", "", ":A - [0:0]", ":A - [0:0]"], ["unset"]], ids=["set", "unset"])
+@pytest.mark.parametrize(("refused", "status"), [(1, 0), (9, 1)])
+def test_change_that_the_kernel_refuses_is_tried_again(
+    tmp_path: Path, what: list[str], refused: int, status: int
+) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    for tables in ("iptables", "ip6tables"):
+        write(tables, f"echo '-N {PORTS}'; echo '-A PREROUTING -j {PORTS}'")
+        write(
+            f"{tables}-restore",
+            f"echo >>{tmp_path}/tries; cat >{tmp_path}/{tables}.in; [ $(wc -l <{tmp_path}/tries) -gt {refused} ]",
+        )
+    write("sleep", "")
+    done = subprocess.run(
+        ["bash", firewall.SCRIPT, tmp_path, *what],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == status
+    assert f"-D PREROUTING -j {PORTS}" in (tmp_path / "iptables.in").read_text().splitlines()
+    tries = len((tmp_path / "tries").read_text().splitlines())
+    assert tries == (5 if status else 3 if Path("/proc/net/if_inet6").exists() else 2)
