@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from machines.real import RealCluster, Record, make
-from machines.virtual import Lab, opened
+from machines.virtual import Lab, VirtualMachine, opened
 
 CACHE = Path(os.environ.get("CFIDDLE_MACHINES", "/var/tmp/cfiddle-machines"))
 """Where the disk that all machines start from is kept from one run to the next."""
@@ -31,6 +31,14 @@ def cluster(made: tuple[RealCluster, Record]) -> RealCluster:
     """Return the cluster, ready."""
     made[0].wait_until_ready(timeout_s=60)
     return made[0]
+
+
+@pytest.fixture
+def stranger(lab: Lab) -> VirtualMachine:
+    """Return a machine that is no member."""
+    machine = lab.machine("c2")
+    machine.wait_until_up()
+    return machine
 
 
 @pytest.fixture

@@ -29,6 +29,14 @@ PYTEST = ("cloudpickle", "iniconfig", "pluggy", "pytest", "pytest-timeout")
 INSTALL_TIMEOUT_S = 120
 UP_TIMEOUT_S = 300
 
+CALL = """
+from delegate_function import SandboxDelegate, SlurmDelegate
+class Sum:
+    def of(self, numbers):
+        return sum(numbers)
+print(SlurmDelegate(SandboxDelegate()).invoke(Sum(), "of", [5, 4, 33]))
+"""
+
 TRACES = r"""
 getent passwd | grep -v ^_rpc:; ls -A /home; ls -A /srv /var/lib/cfiddle-cluster /etc/docker/certs.d /etc/exports.d 2>&1
 ip -o -4 addr | awk '$2 ~ /^eth/ { print $2, $4 }'; findmnt -rn -t nfs4,nfs; iptables -S 2>/dev/null | grep -i cfiddle
@@ -159,6 +167,10 @@ class RealCluster:
     def user(self, command: str, user: str = "jovyan") -> Result:
         """Run a shell command as a user on the users' node."""
         return self.in_service("userhost", f"exec as-user {user} bash -c {shlex.quote(command)}")
+
+    def call_in_sandbox(self) -> str:
+        """Return what a call prints that adds 5, 4 and 33 in a sandbox."""
+        return self.user(f"python3 - <<'END'\n{CALL}\nEND").ok().strip()
 
     def slurm(self, command: str) -> str:
         """Run one of Slurm's commands as its administrator."""

@@ -4,17 +4,9 @@ import pytest
 
 from live import wait_until
 from machines.real import HOMES, UP_TIMEOUT_S, RealCluster
-from machines.virtual import Lab, VirtualMachine
+from machines.virtual import VirtualMachine
 
 MOUNT = "mount -t nfs4 -o nfsvers=4.2,soft,timeo=50,retrans=1,retry=0"
-
-
-@pytest.fixture
-def stranger(lab: Lab) -> VirtualMachine:
-    """Return a machine that is no member."""
-    machine = lab.machine("c2")
-    machine.wait_until_up()
-    return machine
 
 
 def test_file_of_a_job_is_its_owner_s_everywhere(cluster: RealCluster) -> None:

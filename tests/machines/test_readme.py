@@ -4,14 +4,6 @@ import pytest
 
 from machines.real import CARRIED, HOMES, IMAGE_FILE, UP_TIMEOUT_S, RealCluster, Record
 
-CALL = """
-from delegate_function import SandboxDelegate, SlurmDelegate
-class Sum:
-    def of(self, numbers):
-        return sum(numbers)
-print(SlurmDelegate(SandboxDelegate()).invoke(Sum(), "of", [5, 4, 33]))
-"""
-
 
 @pytest.mark.timeout(1200)
 def test_job_has_run_on_each_worker(cluster: RealCluster) -> None:
@@ -32,7 +24,7 @@ def test_accounts_and_homes_of_the_machines_are_not_touched(cluster: RealCluster
 
 
 def test_call_in_a_sandbox_returns_its_value(cluster: RealCluster) -> None:
-    assert cluster.user(f"python3 - <<'END'\n{CALL}\nEND").ok().strip() == "42"
+    assert cluster.call_in_sandbox() == "42"
 
 
 def test_image_that_is_missing_is_loaded_from_a_file(cluster: RealCluster) -> None:
