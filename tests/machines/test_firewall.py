@@ -1,4 +1,4 @@
-"""Point 9: with the firewall's rules everything works, after a power cut too; strangers get to SSH and JupyterLab alone."""
+"""Point 9: with the rules all works, after a power cut too, and strangers get to SSH and JupyterLab alone."""
 
 from collections.abc import Iterator
 

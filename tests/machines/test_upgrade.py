@@ -1,4 +1,4 @@
-"""Point 8, new images: rolled out while a job runs, each node drained first, and taken back where one does not come up."""
+"""Point 8, new images: rolled out while a job runs, which is waited for, and taken back where one does not come up."""
 
 from collections.abc import Iterator
 
