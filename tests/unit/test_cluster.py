@@ -52,6 +52,7 @@ class World:
         }.items():
             for name in names.split():
                 self._replace(module, name, self._note(f"{module}.{name}"))
+        self._replace("swarm", "release", lambda _state, found: self.did.append(f"swarm.release {found.addr}"))
         self._replace("readiness", "wait_until_ready", self._note("readiness.wait_until_ready", {"c1": "identity"}))
         self._replace("calibration", "ensure_calibrated", self._note("calibration.ensure_calibrated", self.outcomes))
         self._replace("calibration", "calibrate", self._note("calibration.calibrate", self.outcomes))
@@ -669,19 +670,12 @@ def test_purge_starts_an_engine_that_does_not_run_to_remove_what_it_holds(
 
 
 def test_down_goes_on_past_a_worker_that_does_not_answer_and_names_it(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left: list[str] = []
-
-    def info(found: Machine, _path: str) -> dict[str, Any]:
-        left.append(found.addr)
-        return {"Swarm": {"LocalNodeState": "inactive", "NodeID": ""}}
-
-    monkeypatch.setattr(Machine, "engine_get", info)
     world.state.path("secrets").mkdir()
     world.silent = {"10.0.0.2"}
     world.cluster(**REAL).down(purge=False)
-    assert left == ["10.0.0.3"]
+    assert [line for line in world.did if line.startswith("swarm.release")] == ["swarm.release 10.0.0.3"]
     assert world.verbs().count("user_containers.stop") == 2, "on the head and on the worker that answers"
     assert "10.0.0.2 does not answer" in capsys.readouterr().err
     assert world.verbs()[-1] == "swarm.leave"

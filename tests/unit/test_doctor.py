@@ -81,6 +81,7 @@ class Patient:
         monkeypatch.setattr(doctor.packages, "ensure_root", lambda: None)
         monkeypatch.setattr(doctor.machines, "short_hostname", lambda: "head")
         monkeypatch.setattr(doctor.engine, "is_running", lambda: self.is_running)
+        monkeypatch.setattr(doctor.simulated, "existing", lambda: ["c1", "c2"])
         monkeypatch.setattr(doctor.facts, "gather", lambda _machines, **_wanted: self.answers)
         monkeypatch.setattr(doctor, "_ports_of_the_cluster", lambda: self.ports_of_the_cluster)
         monkeypatch.setattr(doctor, "_has_registry", lambda: False)
