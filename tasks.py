@@ -2,9 +2,11 @@
 
 import functools
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from invoke import Context, task
@@ -23,6 +25,7 @@ def cluster_task(function: Callable[..., Any] | None = None, **options: Any) -> 
 
     @functools.wraps(function)
     def run(_context: Context, *args: Any, **kwargs: Any) -> None:
+        _hear_of_the_end()
         try:
             exit_status = function(Cluster.of(ROOT), *args, **kwargs)
         except ClusterError as error:
@@ -35,6 +38,19 @@ def cluster_task(function: Callable[..., Any] | None = None, **options: Any) -> 
             sys.exit(exit_status)
 
     return task(run, **options)
+
+
+def _hear_of_the_end() -> None:
+    """Have a lost terminal, or `kill`, interrupt a command as Ctrl-C does: what it had drained or stopped goes on."""
+    numbers = [number for number in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_DFL]
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in numbers:  # one may follow the other
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, interrupt)
 
 
 @cluster_task

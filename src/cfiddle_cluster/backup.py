@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -251,6 +252,7 @@ def _dump_accounting(path: Path) -> None:
     with tempfile.TemporaryFile() as errors, subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors) as process:
         assert process.stdout
         with (
+            _deadline(process),
             open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
             gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as packed,
         ):
@@ -262,12 +264,21 @@ def _load_accounting(dump: IO[bytes] | gzip.GzipFile) -> None:
     argv = _in_mysql("mariadb", interactive=True)
     with tempfile.TemporaryFile() as errors, subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors) as process:
         assert process.stdin
-        try:
+        with _deadline(process), suppress(BrokenPipeError):  # its exit status and its words say why
             shutil.copyfileobj(dump, process.stdin)
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # its exit status and its words say why
         _check(process, errors, "the accounting could not be loaded")
+
+
+@contextmanager
+def _deadline(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Kill a process that takes too long to take or give what is copied meanwhile."""
+    late = threading.Timer(DUMP_TIMEOUT_S * PATIENCE, process.kill)
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
 
 
 def _check(process: "subprocess.Popen[bytes]", errors: IO[bytes], what: str) -> None:

@@ -155,7 +155,7 @@ class Cluster:
             if patience or upgrade.is_under_way(self.state):
                 upgrade.roll_out(self.config, self.state, there, references, patience or Patience(), report.note)
             else:
-                stack.deploy(self.config, self.state, references)
+                stack.deploy(self.config, self.state, references, report.note)
 
         def ready() -> None:
             identities.update(readiness.wait_until_ready(there))
@@ -216,8 +216,11 @@ class Cluster:
         return machines.named(self._worker_list())
 
     def _slurm_workers(self) -> list[Machine]:
-        """Return the machines that run jobs; the head is one if it is a worker too."""
-        return _that_run_jobs(self._machines())
+        """Return the machines that run jobs and answer, the head too if it is a worker; say which do not."""
+        workers, silent = machines.reached(self._worker_list())
+        for one in silent:
+            print(f"warning: left out: {one.error.message}", file=sys.stderr)
+        return _that_run_jobs([self._head, *workers])
 
     def _worker_list(self) -> list[Machine]:
         if self.config.simulated:

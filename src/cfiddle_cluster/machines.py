@@ -274,7 +274,11 @@ def on_each(machines: Iterable[Machine], action: Callable[[Machine], T]) -> list
     listed = list(machines)
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         futures = [pool.submit(action, machine) for machine in listed]
-    errors = [future.exception() for future in futures]
+        try:
+            errors = [future.exception() for future in futures]
+        except BaseException:  # interrupted: what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for error in errors:
         if error is not None and not isinstance(error, ClusterError):
             raise error

@@ -1,5 +1,6 @@
 """What a long command shows: each step with its name and seconds, readable with and without a terminal."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -53,5 +54,6 @@ class Report:
         self._show(f"\r  {name:<60}{rest}" if self.stream.isatty() else f"  {name:<60}{rest}")
 
     def _show(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to leave things half done
+            self.stream.write(text)
+            self.stream.flush()

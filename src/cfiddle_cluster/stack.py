@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -62,7 +62,7 @@ _DEFINITION = "cfiddle.definition"
 _LABELS = {"cfiddle.cluster": CLUSTER, "cfiddle.stack": STACK}
 
 
-def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
+def deploy(config: Config, state: State, references: Mapping[str, str], say: Callable[[str], None]) -> None:
     """Bring the services to what the checkout describes, and wait until all of them are healthy.
 
     Where the services that jobs run in would change, the workers are drained first, and resumed when it is done.
@@ -71,18 +71,19 @@ def deploy(config: Config, state: State, references: Mapping[str, str]) -> None:
         config: the administrator's settings.
         state: where the secrets are.
         references: for each image, by its short name, what the machines' engines know it by.
+        say: is told which jobs are waited for.
 
     Raises:
         ClusterError: policy.yaml is wrong, the port is somebody else's, jobs did not end in time, or a service does not
             become healthy.
     """
     values = values_of(config, state, references)
-    _drain_if_changing(values)
     try:
+        _drain_if_changing(values, say)
         put(config, state, values)
         wait_until_healthy(timeout_s=START_TIMEOUT_S)
-    except ClusterError:
-        # One machine that does not come up is no reason for the others to stand idle.
+    except BaseException:
+        # One machine that does not come up, or a wait that was given up, is no reason for the others to stand idle.
         if slurm.is_answering():
             resume()
         raise
@@ -320,7 +321,7 @@ def _everything_of(compose: Mapping[str, Any], service: str) -> list[Any]:
     ]
 
 
-def _drain_if_changing(values: Mapping[str, str]) -> None:
+def _drain_if_changing(values: Mapping[str, str], say: Callable[[str], None]) -> None:
     """Let the workers run empty if a service that jobs run in will change."""
     there = {str(service.name).removeprefix(f"{STACK}_") for service in services()}
     changing = [service for service in WORKER_SERVICES if service in changed(values) & there]
@@ -332,4 +333,8 @@ def _drain_if_changing(values: Mapping[str, str]) -> None:
             )
         taking_jobs = [name for name, node in slurm.nodes().items() if node.is_answering and not node.is_drained]
         slurm.drain(taking_jobs, DRAIN_REASON)
-        slurm.wait_until_empty(slurm.nodes(), timeout_s=DRAIN_TIMEOUT_S)
+        slurm.wait_until_empty(
+            slurm.nodes(),
+            timeout_s=DRAIN_TIMEOUT_S,
+            say=lambda jobs: say(f"the workers are drained, and wait for jobs: {jobs}"),
+        )

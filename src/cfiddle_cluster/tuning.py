@@ -91,7 +91,7 @@ def unwanted(settings: Mapping[str, str]) -> list[Change]:
 
 
 def tune(config: Config, state: State, workers: Iterable[Machine], say: Callable[[str], None]) -> list[str]:
-    """Set on each worker what may be set; say what was changed, what could not be, and why.
+    """Set on each worker what may be set, one after the other, the idle ones first; say what was changed, or why not.
 
     Returns the names of the workers on which something was changed.
 
@@ -109,9 +109,9 @@ def tune(config: Config, state: State, workers: Iterable[Machine], say: Callable
         if not found:
             say(f"{fact.name}: all is as it should be")
     changed = [name for name, changes in wanted.items() if changes]
-    with _free_of_jobs(changed):
-        for name in changed:
-            changes = wanted[name]
+    for name in sorted(changed, key=_works):
+        changes = wanted[name]
+        with _free_of_jobs(name, say):
             # Before the first change: should this be interrupted, it is known what was.
             before = state.read_json(RECORDS, {})
             before[name] = {**{change.file: change.value for change in changes}, **before.get(name, {})}
@@ -124,15 +124,15 @@ def tune(config: Config, state: State, workers: Iterable[Machine], say: Callable
 
 
 def undo(config: Config, state: State, workers: Iterable[Machine], say: Callable[[str], None]) -> list[str]:
-    """Put back what `tune` changed on those workers; what somebody else changed since then stays.
+    """Put back what `tune` changed on those workers, likewise; what somebody else changed since then stays.
 
     Returns the names of the workers on which something was changed.
     """
     before: dict[str, dict[str, str]] = state.read_json(RECORDS, {})
     there = {fact.name: fact for fact in _look(config, workers)} if before else {}
     changed = [name for name in there if before.get(name)]
-    with _free_of_jobs(changed):
-        for name in changed:
+    for name in sorted(changed, key=_works):
+        with _free_of_jobs(name, say):
             failed = _put_back(there[name], before[name], say)
             before = {**before, name: {file: before[name][file] for file in failed}}
             state.write_json(RECORDS, {name: files for name, files in before.items() if files})
@@ -183,22 +183,29 @@ def _tell(
 
 
 @contextmanager
-def _free_of_jobs(names: Sequence[str]) -> Iterator[None]:
-    """Let no job run on the nodes meanwhile: a measurement must not see its machine change."""
-    if not names or not slurm.is_answering():
+def _free_of_jobs(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Let no job run on a node meanwhile: a measurement must not see its machine change."""
+    if not slurm.is_answering():
         yield
         return
-    slurm.drain((name for name in names if not _is_drained(name)), REASON)
+    node = slurm.nodes().get(name)
     try:
-        slurm.wait_until_empty(names, timeout_s=EMPTY_TIMEOUT_S)
+        if not (node and node.is_drained):
+            slurm.drain([name], REASON)
+        slurm.wait_until_empty(
+            [name],
+            timeout_s=EMPTY_TIMEOUT_S,
+            say=lambda jobs: say(f"{name} is drained, and waits for jobs: {jobs}"),
+        )
         yield
     finally:
         slurm.resume(name for name, node in slurm.nodes().items() if node.reason == REASON)
 
 
-def _is_drained(name: str) -> bool:
-    node = slurm.nodes().get(name)
-    return node is not None and node.is_drained
+def _works(name: str) -> bool:
+    """Return whether jobs run on a node."""
+    node = slurm.nodes().get(name) if slurm.is_answering() else None
+    return node is not None and node.state in slurm.WORKING
 
 
 def _register_again(machine: Machine) -> None:

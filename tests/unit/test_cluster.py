@@ -717,6 +717,19 @@ def test_workers_are_compared_anew_when_their_settings_changed(world: World, und
     assert world.verbs()[-2:] == [did, "calibration.calibrate"]
 
 
+def test_machine_that_is_off_is_named_and_the_others_are_set_and_measured(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[str] = []
+    monkeypatch.setattr(
+        cluster_module.tuning, "tune", lambda _c, _s, workers, _say: there.extend(w.addr for w in workers)
+    )
+    world.silent = {"10.0.0.2"}
+    world.cluster(**REAL).tune(undo=False)
+    assert there == ["10.0.0.3"]
+    assert "left out: 10.0.0.2 cannot be reached" in capsys.readouterr().err
+
+
 def test_settings_of_real_workers_are_put_back_when_they_leave(world: World) -> None:
     world.there = ["10.0.0.2", "10.0.0.3"]
     world.state.path("secrets").mkdir()

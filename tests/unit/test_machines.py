@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -179,6 +180,22 @@ def test_every_machine_that_failed_is_named() -> None:
     with pytest.raises(ClusterError, match=r"^broke for c1\nc3: broke\n") as caught:
         machines.on_each([machine("c1"), machine("c2"), machine("c3")], fail)
     assert caught.value.remedy == "mend it"
+
+
+def test_machines_whose_turn_has_not_come_are_left_alone_when_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machines, "PARALLEL", 1)
+    asked: list[str] = []
+
+    def ask(found: Machine) -> None:
+        asked.append(found.name)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+
+    with pytest.raises(KeyboardInterrupt):
+        machines.on_each([machine("c1"), machine("c2"), machine("c3")], ask)
+    assert asked == ["c1"]
 
 
 def test_defect_of_ours_is_not_dressed_up_as_a_machine_s() -> None:

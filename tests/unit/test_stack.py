@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,7 +198,7 @@ class Deployed:
 
     def deploy(self, **settings: str) -> list[str]:
         state: Any = None
-        stack.deploy(samples.config(ROOT, **settings), state, REFERENCES)
+        stack.deploy(samples.config(ROOT, **settings), state, REFERENCES, self.events.append)
         return self.events
 
 
@@ -251,6 +252,19 @@ def test_nodes_that_an_interrupted_deploy_drained_take_jobs_again(monkeypatch: p
     deployed = Deployed(monkeypatch, labels())
     deployed.nodes["c1"] = Node("c1", "drained", True, stack.DRAIN_REASON)
     assert "resume c1" in deployed.deploy()
+
+
+def test_workers_take_jobs_again_when_the_wait_for_jobs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed = Deployed(monkeypatch, {**labels(), "slurmd": "older"})
+
+    def given_up(_names: object, say: Callable[[str], None], **_: object) -> None:
+        say("7 (ada)")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stack.slurm, "wait_until_empty", given_up)
+    with pytest.raises(KeyboardInterrupt):
+        deployed.deploy()
+    assert deployed.events == ["drain c1", "the workers are drained, and wait for jobs: 7 (ada)", "resume c1"]
 
 
 def test_workers_are_not_replaced_while_nobody_knows_whether_jobs_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +359,7 @@ def test_wrong_policy_is_refused_before_anything_changes(monkeypatch: pytest.Mon
     (tmp_path / "policy.yaml").write_text("version: 1\nprofile: {}\n")
     state: Any = None
     with pytest.raises(ClusterError, match="profile"):
-        stack.deploy(samples.config(tmp_path), state, REFERENCES)
+        stack.deploy(samples.config(tmp_path), state, REFERENCES, print)
     assert deployed.events == []
 
 
@@ -357,5 +371,5 @@ def test_port_of_somebody_else_is_refused_before_anything_changes(
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=f"port {port}"):
-            stack.deploy(samples.config(ROOT, JUPYTER_PORT=str(port)), state, REFERENCES)
+            stack.deploy(samples.config(ROOT, JUPYTER_PORT=str(port)), state, REFERENCES, print)
     assert deployed.events == []

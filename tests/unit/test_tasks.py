@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,28 @@ def test_what_goes_wrong_is_one_message(error: BaseException, words: str) -> Non
 
     # sys.exit(TEXT) prints the text and ends with status 1.
     assert str(_exit_of(fail)).startswith(words)
+
+
+@pytest.mark.usefixtures("is_cluster")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_lost_terminal_interrupts_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    undone = []
+
+    def be_ended(_cluster: Any) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb what is being undone
+            undone.append(number)
+
+    before = {found: signal.signal(found, signal.SIG_DFL) for found in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        assert str(_exit_of(be_ended)).startswith("interrupted")
+    finally:
+        for found, handler in before.items():
+            signal.signal(found, handler)
+    assert undone == [number]
 
 
 @pytest.mark.usefixtures("is_cluster")

@@ -1,7 +1,7 @@
 """What is set on workers, what is remembered of before, and that it comes back."""
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,13 @@ class World:
         self.said: list[str] = []
         self.told: list[str] = []
         self.node = Node("c1", "idle", True)
+        self.others: dict[str, Node] = {}
         self.write(FILES)
         self.swap: list[str] = []
         monkeypatch.setattr(tuning.facts, "gather", self._gather)
         monkeypatch.setattr(Machine, "script", lambda _, text, args=(), **_options: self._script(text, args))
         monkeypatch.setattr(tuning.slurm, "is_answering", lambda: True)
-        monkeypatch.setattr(tuning.slurm, "nodes", lambda: {"c1": self.node})
+        monkeypatch.setattr(tuning.slurm, "nodes", lambda: {"c1": self.node, **self.others})
         monkeypatch.setattr(tuning.slurm, "drain", self._drain)
         monkeypatch.setattr(tuning.slurm, "wait_until_empty", lambda names, **_: self.told.append(f"wait {names}"))
         monkeypatch.setattr(tuning.slurm, "resume", lambda names: self.told.append(f"resume {list(names)}"))
@@ -152,15 +153,35 @@ def test_a_worker_that_was_drained_before_stays_so(world: World) -> None:
     world.node = Node("c1", "drained", True, "a broken fan")
     world.config = replace(world.config, tune=frozenset({"boost"}))
     world.tune()
-    assert world.told == ["drain []", "wait ['c1']", "resume []"]
+    assert world.told == ["wait ['c1']", "resume []"]
+
+
+def test_workers_are_set_one_after_the_other_and_those_without_jobs_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.node = Node("c1", "allocated", True)
+    world.others = {"c2": Node("c2", "idle", True)}
+
+    def wait(names: list[str], say: Callable[[str], None], **_: Any) -> None:
+        world.told.append(f"wait {names}")
+        say("7 (ada)")
+
+    monkeypatch.setattr(tuning.slurm, "drain", lambda names, _reason: world.told.append(f"drain {names}"))
+    monkeypatch.setattr(tuning.slurm, "wait_until_empty", wait)
+    monkeypatch.setattr(tuning, "_set", lambda *_args: {})
+    world.config = replace(world.config, tune=frozenset({"boost"}))
+    tuning.tune(world.config, world.state, [machine("c1"), machine("c2")], world.said.append)
+    one_by_one = [f"{what} ['{name}']" for name in ("c2", "c1") for what in ("drain", "wait")]
+    assert [told for told in world.told if not told.startswith("resume")] == one_by_one
+    assert "c1 is drained, and waits for jobs: 7 (ada)" in world.said
 
 
 def test_a_node_whose_cpus_went_registers_again(world: World) -> None:
     world.tune()
-    assert world.told[2:4] == ["stop slurmd, agent", "delete c1"]
+    assert world.told[-3:-1] == ["stop slurmd, agent", "delete c1"]
     world.told.clear()
     world.undo()
-    assert world.told[2:4] == ["stop slurmd, agent", "delete c1"]
+    assert world.told[-3:-1] == ["stop slurmd, agent", "delete c1"]
 
 
 def test_swap_is_turned_off_only_if_what_is_in_it_fits_into_memory(world: World) -> None:
