@@ -117,6 +117,7 @@ def configuration(
             "RestartPolicy": {"Name": "no"},
             "SecurityOpt": ["no-new-privileges"],
             "ShmSize": options.shm_bytes,
+            "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "1024"},  # as docker-compose.yml has it, and says why
             "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}, *ulimits],
             **(limits(grant) if grant else {}),
         },

@@ -19,9 +19,12 @@ PROBE = "2000:2000"
 SHORT_JOB = ("srun", "--chdir=/", "--ntasks=1", f"--immediate={5 * PATIENCE:.0f}", f"--time={math.ceil(PATIENCE)}")
 """How such a job is started: at once, or not at all where somebody else's came first."""
 
+_SUBMITTED = {"MaxSubmitJobsPU": "5000"}
+"""So many jobs may a user have that wait or run: slurmctld takes MaxJobCount (slurm.conf), and then nobody's."""
+
 QOS = {
-    "lease": {"GraceTime": "00:00:30", "MaxWall": "01:00:00", "MaxJobsPU": "4", "Flags": "DenyOnLimit"},
-    "normal": {"Preempt": "lease"},
+    "lease": {"GraceTime": "00:00:30", "MaxWall": "01:00:00", "MaxJobsPU": "4", **_SUBMITTED, "Flags": "DenyOnLimit"},
+    "normal": {"Preempt": "lease", **_SUBMITTED},
 }
 """The qualities of service that a job may have, and what is set of each (sacctmgr(1)); `normal` is there anyway.
 

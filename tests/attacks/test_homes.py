@@ -41,6 +41,22 @@ def test_nobody_serves_files_without_having_been_told_to(cluster: LiveCluster) -
     assert not ports & {111, 2049}
 
 
+# An NFS server takes it from a port below 1024 which user somebody is: only a machine's root has one, it thinks.
+TAKE_PORT = 'python3 -c \'import socket; socket.socket().bind(("", 700)); print("taken")\''
+
+
+def test_user_has_no_port_that_servers_trust(cluster: LiveCluster) -> None:
+    places = {
+        "the users' node": cluster.user(TAKE_PORT, USER),
+        "a job": cluster.user(["srun", "bash", "-c", TAKE_PORT], USER),
+        "a container": cluster.user(["cm", "run", "--cmd", TAKE_PORT], USER),
+    }
+    cluster.user("cm stop && cm delete", USER)
+    for place, said in places.items():
+        assert said.exit_status != 0, f"{place}: {said.output}"
+        assert "Permission denied" in said.output, f"{place}: {said.output}"
+
+
 @pytest.fixture
 def setuid_file(cluster: LiveCluster) -> Iterator[str]:
     """Give a shell in a user's home that is root's and setuid, put there by the root of a worker's slurmd."""

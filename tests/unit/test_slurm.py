@@ -21,7 +21,8 @@ c7|mixed-|none
 
 
 SHOW_QOS = "sacctmgr --noheader --parsable2 show qos"
-QOS = "normal|00:00:00||||lease\nlease|00:00:30|01:00:00|4|DenyOnLimit|\n"
+QOS = "normal|00:00:00|||5000||lease\nlease|00:00:30|01:00:00|4|5000|DenyOnLimit|\n"
+LEASE = "GraceTime=30 MaxWall=01:00:00 MaxJobsPU=4 MaxSubmitJobsPU=5000 Flags=DenyOnLimit"
 SHOW_CHOICE = "sacctmgr --noheader --parsable2 show association account=cfiddle user="
 
 
@@ -141,13 +142,13 @@ def test_what_qualities_of_service_lack_is_set_and_nothing_else(told: Told) -> N
     slurm.ensure_qos()
     assert told.changes == []
 
-    told.answers[SHOW_QOS] = ["normal|00:00:00||||\n"]
+    told.answers[SHOW_QOS] = ["normal|00:00:00|||||\n"]
     told.answers[SHOW_CHOICE] = ["normal|\n"]
     slurm.ensure_qos()
     assert told.changes == [
         "sacctmgr --immediate add qos lease",
-        "sacctmgr --immediate modify qos lease set GraceTime=30 MaxWall=01:00:00 MaxJobsPU=4 Flags=DenyOnLimit",
-        "sacctmgr --immediate modify qos normal set Preempt=lease",
+        f"sacctmgr --immediate modify qos lease set {LEASE}",
+        "sacctmgr --immediate modify qos normal set Preempt=lease MaxSubmitJobsPU=5000",
         "sacctmgr --immediate modify account name=cfiddle set qos=lease,normal defaultqos=normal",
     ]
 
@@ -155,9 +156,7 @@ def test_what_qualities_of_service_lack_is_set_and_nothing_else(told: Told) -> N
 def test_a_quality_of_service_that_says_something_else_is_changed(told: Told) -> None:
     told.answers[SHOW_QOS] = [QOS.replace("|4|", "|9|")]
     slurm.ensure_qos()
-    assert told.changes == [
-        "sacctmgr --immediate modify qos lease set GraceTime=30 MaxWall=01:00:00 MaxJobsPU=4 Flags=DenyOnLimit"
-    ]
+    assert told.changes == [f"sacctmgr --immediate modify qos lease set {LEASE}"]
 
 
 def test_one_user_has_three_quarters_of_what_all_nodes_share(told: Told) -> None:

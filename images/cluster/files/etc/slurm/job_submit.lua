@@ -18,7 +18,9 @@ local function tasks(array)
     local count = 0
     for part in (array or "0"):gsub("%%.*", ""):gmatch("[^,]+") do
         local first, last, step = part:match("^(%d+)-(%d+):?(%d*)$")
-        count = count + (first and math.floor((last - first) / math.max(tonumber(step) or 1, 1)) + 1 or 1)
+        local more = first and math.floor((last - first) / math.max(tonumber(step) or 1, 1)) + 1 or 1
+        -- Digits without end are no number (inf - inf), and what is added to that is none for good.
+        count = count + ((more ~= more or more > MOST) and MOST or more)
     end
     return math.max(count, 1)
 end
@@ -36,6 +38,11 @@ function slurm_job_submit(job_desc, _, uid)
     return slurm.SUCCESS
 end
 
-function slurm_job_modify()
+-- What a job was put behind others for it stays behind: its user may put it further back, and no further to the front.
+function slurm_job_modify(job_desc, job_rec, _, uid)
+    if uid ~= 0 and job_desc.nice ~= slurm.NO_VAL and job_desc.nice < job_rec.nice then
+        slurm.log_user("a job's nice value can only be made greater")
+        return slurm.ERROR
+    end
     return slurm.SUCCESS
 end
