@@ -48,3 +48,6 @@ REGISTRY_PORT=5000
 USER_REGISTRY_PORT=5001
 # The release of Debian that all images are made of.
 DEBIAN_RELEASE="trixie"
+# The day that its packages are of, as 2026-11-26. With another one than before, ./invoke upgrade makes all images anew, with all
+# of Debian's security updates, and rolls them out. Empty: the day when they were first made.
+PACKAGES_OF=""

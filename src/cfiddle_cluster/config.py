@@ -44,6 +44,7 @@ KNOBS = (
     "REGISTRY_PORT",
     "USER_REGISTRY_PORT",
     "DEBIAN_RELEASE",
+    "PACKAGES_OF",
 )
 
 TUNABLE = ("governor", "boost", "smt", "swap", "counters")
@@ -105,6 +106,7 @@ class Config:
     registry_port: int
     user_registry_port: int
     debian_release: str
+    packages_of: str
     state_dir: Path = STATE_DIR
 
     @property
@@ -186,6 +188,7 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
         registry_port=number("REGISTRY_PORT", 1, 65535),
         user_registry_port=number("USER_REGISTRY_PORT", 1, 65535),
         debian_release=text("DEBIAN_RELEASE", re.compile("[a-z]+"), "release of Debian") or "trixie",
+        packages_of=text("PACKAGES_OF", re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}"), "day"),
     )
     ports = {
         "JUPYTER_PORT": config.jupyter_port,

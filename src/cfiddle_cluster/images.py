@@ -133,7 +133,7 @@ def built(config: Config) -> dict[str, str]:
 def reference(config: Config, name: str) -> str:
     """Return `cfiddle-NAME:TAG`; the tag is a hash of all that goes into the image."""
     image = IMAGES[name]
-    parent = reference(config, image.parent) if image.parent else config.debian_release
+    parent = reference(config, image.parent) if image.parent else debian(config).partition(":")[2]
     digest = hashlib.sha256(f"{parent}\0{LABEL}\0".encode())
     for path, source in _context_files(config.root, image):
         if source.is_symlink():
@@ -143,6 +143,11 @@ def reference(config: Config, name: str) -> str:
         digest.update(f"{path}\0{kind}\0{len(content)}\0".encode())
         digest.update(content)
     return f"{image.repository}:{digest.hexdigest()[:12]}"
+
+
+def debian(config: Config) -> str:
+    """Return the reference of the bare Debian that all images are made of."""
+    return f"cfiddle-debian:{'-'.join(filter(None, (config.debian_release, config.packages_of)))}"
 
 
 def build(config: Config, report: Callable[[str], None] = print, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -295,15 +300,15 @@ def _build(
 
 def _ensure_debian(config: Config, scratch: Path) -> str:
     """Return a minimal Debian of the release; pull it, or make it from packages."""
-    debian = f"cfiddle-debian:{config.debian_release}"
-    if not run([docker_cli(), "image", "ls", "--quiet", debian], timeout_s=60).strip():
+    reference = debian(config)
+    if not run([docker_cli(), "image", "ls", "--quiet", reference], timeout_s=60).strip():
         secrets = scratch / "bootstrap"
         secrets.mkdir(mode=0o700)
         package_access.write_build_secrets(secrets, release=config.debian_release, mounted_at=str(secrets))
         bootstrap = config.root / "images" / "base" / "bootstrap"
         environment = os.environ | {"DOCKER": str(docker_cli())}
-        run([bootstrap, config.debian_release, debian, secrets], timeout_s=BUILD_TIMEOUT_S, env=environment)
-    return debian
+        run([bootstrap, config.debian_release, reference, secrets], timeout_s=BUILD_TIMEOUT_S, env=environment)
+    return reference
 
 
 def _copy_context(root: Path, image: Image, destination: Path) -> None:

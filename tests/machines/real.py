@@ -72,7 +72,7 @@ def make_disks(directory: Path) -> tuple[Path, Path]:
     stick = make_disk(directory / "stick.raw", content, "-O", "^has_journal")
     shutil.rmtree(content)
     store = directory / "engine"
-    copy_images(store, [*built.values(), f"cfiddle-debian:{its_config.debian_release}"])
+    copy_images(store, [*built.values(), images.debian(its_config)])
     engine = make_disk(directory / "engine.raw", store, "-L", "engine", "-E", "lazy_itable_init=1", size=ENGINE_SIZE)
     shutil.rmtree(store)
     return stick, engine

@@ -142,6 +142,7 @@ def test_setting_that_is_missing_is_told(tmp_path: Path) -> None:
         ("HOME_SERVER='nas:/x'", "HOME_SERVER is 'nas:/x'"),
         ("DOCKERHUB_USERNAME='me:secret'", "DOCKERHUB_USERNAME is 'me:secret'"),
         ("DEBIAN_RELEASE='13 sid'", "DEBIAN_RELEASE is '13 sid'"),
+        ("PACKAGES_OF=today", "PACKAGES_OF is 'today', which is no day"),
     ],
 )
 def test_wrong_value_is_told_with_what_would_be_right(tmp_path: Path, setting: str, words: str) -> None:

@@ -116,9 +116,11 @@ def test_every_kind_of_change_counts(checkout: config.Config, change: str) -> No
     assert images.reference(checkout, "mysql") != before
 
 
-def test_another_debian_release_renames_every_image(checkout: config.Config) -> None:
+@pytest.mark.parametrize("other", [{"debian_release": "forky"}, {"packages_of": "2026-11-26"}])
+def test_another_debian_renames_every_image(checkout: config.Config, other: dict[str, str]) -> None:
     before = images.built(checkout)
-    after = images.built(replace(checkout, debian_release="forky"))
+    after = images.built(replace(checkout, **other))
+    assert images.debian(checkout) != images.debian(replace(checkout, **other))
     assert all(before[name] != after[name] for name in before)
 
 
