@@ -149,7 +149,8 @@ class Cluster:
             registry.ensure_registry(self.config, self.state, there, built["registry"])
 
         def distribution_() -> None:
-            references.update(distribution.distribute(self.config, self.state, there, built, report.note))
+            running = services.references()
+            references.update(distribution.distribute(self.config, self.state, there, built, report.note, running))
 
         def services_() -> None:
             if patience or upgrade.is_under_way(self.state):

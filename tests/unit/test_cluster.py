@@ -88,6 +88,7 @@ class World:
         self._replace("swarm", "is_ready", lambda name: name in self.cut_off)
         self._replace("swarm", "address_of", lambda name: f"addr-{name}")
         self._replace("services", "container", lambda _service: object())
+        self._replace("services", "references", set)
         self._replace("services", "machines_of", lambda _service: set())
         self._replace("engine", "is_running", lambda: True)
         self._replace("userhost", "url", lambda _config, _state: "http://localhost:8888/?token=abc")
@@ -230,6 +231,14 @@ def test_failure_names_the_step_and_what_to_run_next(world: World, capsys: pytes
     world.did.clear()
     world.cluster().up()
     assert world.verbs() == UP
+
+
+def test_images_are_distributed_with_regard_to_what_services_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(cluster_module.services, "references", lambda: {"sha256:a"})
+    monkeypatch.setattr(cluster_module.distribution, "distribute", lambda *args: told.extend(args) or {})
+    world.cluster().up()
+    assert told[-1] == {"sha256:a"}
 
 
 def test_upgrade_is_up_with_another_way_to_replace_services(world: World) -> None:
