@@ -149,7 +149,8 @@ class Cluster:
             registry.ensure_registry(self.config, self.state, there, built["registry"])
 
         def distribution_() -> None:
-            references.update(distribution.distribute(self.config, self.state, there, built, report.note))
+            running = services.references()
+            references.update(distribution.distribute(self.config, self.state, there, built, report.note, running))
 
         def services_() -> None:
             if patience or upgrade.is_under_way(self.state):
@@ -300,7 +301,10 @@ class Cluster:
                 "./invoke scale N for more of them, or set WORKER_ADDRS in config.sh",
             )
         if addr in self.config.worker_addrs:
-            raise ClusterError(f"{addr} is a worker already", "./invoke status shows it")
+            raise ClusterError(
+                f"{addr} is a worker already",
+                "./invoke status shows it; to go on where it was interrupted: ./invoke up",
+            )
         with self.state.lock("add-worker"):
             self._must_run()
             machines.named([machines.real_worker(self.config, self.state, addr)])
@@ -309,7 +313,7 @@ class Cluster:
             try:
                 silent = larger._up(report, until="swarm")
                 _refuse([found for found in silent if found.machine.addr == addr], "run this again when it answers")
-            except ClusterError:
+            except BaseException:
                 # It has not become a member, so nobody shall wait for it from now on, or let it in.
                 _record(self.configured, self.state, self.config.worker_addrs)
                 self._let_out(report, [machines.real_worker(self.config, self.state, addr)])
@@ -318,63 +322,97 @@ class Cluster:
         _refuse(silent, BRING_IN)
 
     def remove_worker(self, name: str) -> None:
-        """Drain a worker, wait until its jobs have ended, and take it out of the cluster.
+        """Drain a worker, wait until its jobs have ended, and take it out of the cluster, or go on with that.
 
         Raises:
-            ClusterError: there is none of that name, or it is the last one.
+            ClusterError: there is none of that name, it is the last one, or Swarm reaches it and we do not.
         """
         packages.ensure_root()
         with self.state.lock("remove-worker"):
             self._must_run()
             known = swarm.worker_names()
-            if name not in known:
+            if name not in known and not self._is_leaving(name):
                 raise ClusterError(
                     f"there is no worker {name!r}; there are {', '.join(known)}", "./invoke status shows them"
                 )
-            if len(known) == 1:
+            if not set(known) - {name}:
                 raise ClusterError(f"{name} is the last worker", "add another one first, or: ./invoke down")
             self._remove_worker(Report(again=f"./invoke remove-worker {name}"), name)
 
     def _remove_worker(self, report: Report, name: str) -> None:
         machine = self._reachable(name)
         addr = machine.addr if machine else swarm.address_of(name)
+        is_head = machine is not None and "head" in machine.roles
         with report.step(f"drain {name}"):
             if machine is None:
                 slurm.set_down([name], "cfiddle: its machine is gone")
             else:
                 slurm.drain([name], "cfiddle: the worker is being removed")
                 slurm.wait_until_empty([name], timeout_s=stack.DRAIN_TIMEOUT_S)
-                if not machine.simulated:
-                    tuning.undo(self.config, self.state, [machine], report.note)
-                    user_containers.remove_all(machine)
         with report.step(f"take {name} out of the cluster"):
             swarm.unlabel_worker(name)
             wait_until(
-                lambda: name not in services.machines_of("slurmd"),
+                lambda: not any(name in services.machines_of(service) for service in stack.WORKER_SERVICES),
                 timeout_s=STOP_TIMEOUT_S,
-                what=f"slurmd to end on {name}",
-                remedy="./invoke logs slurmd shows why it does not",
+                what=f"{' and '.join(stack.WORKER_SERVICES)} to end on {name}",
+                remedy="./invoke logs slurmd or ./invoke logs agent shows why it does not",
             )
             slurm.delete_node(name)
             slurm.ensure_share()
-            if machine is None or "head" not in machine.roles:
+            if machine and not machine.simulated:
+                # Slurm must have forgotten it: with another number of CPUs the node would come anew, and take jobs.
+                tuning.undo(self.config, self.state, [machine], report.note)
+                user_containers.remove_all(machine)
+            if not is_head:
                 swarm.remove_node(self.state, name, machine)
+            # What is recorded comes last, so that who was interrupted can go on.
             if self.config.simulated:
                 simulated.remove_machine(name)
                 left = [other for other in _simulated_names(self.configured, self.state) if other != name]
             else:
+                gone = [machine] if machine and not is_head else []
+                for former in gone:
+                    self._clear(report, former)
                 left = [other for other in self.config.worker_addrs if addr not in (other, machines.resolved(other))]
-            _record(self.configured, self.state, left)
-            if not self.config.simulated:
                 smaller = replace(self, config=replace(self.config, worker_addrs=tuple(left)))
-                smaller._let_out(report, [machine] if machine and "head" not in machine.roles else [])
+                homes.ensure_homes(smaller.config)
+                smaller._let_out(report, gone)
+            _record(self.configured, self.state, left)
+
+    def _clear(self, report: Report, gone: Machine) -> None:
+        """Remove what the cluster put on a machine that is no member: `down --purge` does not know it any longer."""
+        try:
+            registry.remove_trust(self.config, [gone])
+            stack.remove_volumes(gone)
+            images.remove_images(gone)
+        except ClusterError as error:
+            report.note(f"something of the cluster is left on {gone.name}: {error.message}")
 
     def _reachable(self, name: str) -> Machine | None:
-        """Return the worker of that name, or None if it does not answer."""
-        for machine in [self._head, *machines.answering(self._worker_list())]:
+        """Return the worker of that name, or None if it is lost: Swarm does not reach it either.
+
+        Raises:
+            ClusterError: Swarm does, so jobs may run there.
+        """
+        there, silent = machines.reached(self._worker_list())
+        for machine in [self._head, *there]:
             if machine.name == name:
                 return machine
+        if swarm.is_ready(name):
+            addr = swarm.address_of(name)
+            for found in silent:
+                if addr in (found.machine.addr, machines.resolved(found.machine.addr)):
+                    raise found.error
+            raise ClusterError(
+                f"{name} is at {addr}, and no worker that answers has that name",
+                "see that config.sh names its address in WORKER_ADDRS, and that ssh leads there",
+            )
         return None
+
+    def _is_leaving(self, name: str) -> bool:
+        """Tell whether a machine is no worker any longer only because its removal was interrupted."""
+        answering = _that_run_jobs([self._head, *machines.answering(self._worker_list())])
+        return name in swarm.former_worker_names() or name in [machine.name for machine in answering]
 
     def _must_run(self) -> None:
         if not engine.is_running() or not services.container("slurmctld"):

@@ -44,6 +44,8 @@ for pid in $pids; do wait "$pid" || status=1; done
 exit "$status"
 """
 
+_HAS_ALL = 'for image in "$@"; do docker image inspect "$image" >/dev/null || exit 1; done'
+
 # Removes the cluster's images but NAME…, also where they carry a registry's address; one that a container still uses
 # stays, and goes the next time. The Debian that the others are made of stays.
 _REMOVE_OUTDATED = """
@@ -62,19 +64,24 @@ def distribute(
     machines: Collection[Machine],
     built: Mapping[str, str],
     report: Callable[[str], None] = print,
+    running: Collection[str] = (),
 ) -> dict[str, str]:
     """Have the images of its roles on every machine, and return by what reference the engines know each.
 
     Images that only the head runs stay where they were built and are known by their id, which Swarm never pulls. So are
     those that were never pushed, and that a worker has all the same, since somebody has carried them there in a file.
+    A reference that services run by stays: under another one all of them would be replaced, when their jobs have ended.
+    Where a machine cannot pull, only what is new to the services goes over SSH: what came that way has no digest there.
 
     Args:
         machines: the head and all workers.
         built: the references of the built images by name, as `images.build` returns them.
         report: is told of what is not as usual.
+        running: by what references the services know the images that they run or start.
 
     Raises:
-        ClusterError: the registry refuses the password, or a machine has no room, or cannot be reached at all.
+        ClusterError: the registry refuses the password, or a machine has no room, cannot be reached at all, or can
+            neither pull what the services run by digest nor has it.
     """
     ids = {name: str(engine.client().images.get(built[name]).id) for name, image in IMAGES.items() if image.roles}
     remote = [machine for machine in machines if "head" not in machine.roles]
@@ -82,18 +89,29 @@ def distribute(
     if not travelling:
         return ids
     pushed: dict[str, str] = {}
+    failures: list[str | None] = []
     try:
         target = registry.of(config, state)
         there = set[str]().union(*on_each(remote, image_ids))
-        carried = {name for name in travelling if ids[name] in there and not _pushed(target, name, built[name])}
+        carried = {
+            name
+            for name in travelling
+            if ids[name] in there and (ids[name] in running or not _pushed(target, name, built[name]))
+        }
         pushed = push(target, {name: built[name] for name in travelling if name not in carried})
         failures = on_each(remote, lambda machine: pull(machine, target, _of_roles(machine, pushed), built))
         obstacle = next(filter(None, failures), None)
     except RegistryUnreachable as error:
         obstacle = error.message
     if obstacle:
+        pushed = {name: reference for name, reference in pushed.items() if reference in running}
+        for machine, failure in zip(remote, failures, strict=False):
+            if failure and not _has_all(machine, _of_roles(machine, pushed)):
+                raise ClusterError(
+                    f"{failure}\nand it lacks images that the services run",
+                    f"let it reach {target.address}; or take it out: ./invoke remove-worker {machine.name}",
+                )
         report(f"over SSH, because {obstacle}")
-        pushed = {}
     left = {name: image_id for name, image_id in ids.items() if name not in pushed}
     on_each(remote, lambda machine: copy(machine, {built[name]: ids[name] for name in _of_roles(machine, left)}))
     return ids | pushed
@@ -217,6 +235,15 @@ def _has(target: Registry, reference: str) -> bool:
         engine.client().api.inspect_distribution(reference, auth_config=target.auth_config)
     except APIError:
         # Pushing it finds out why, and says so.
+        return False
+    return True
+
+
+def _has_all(machine: Machine, references: Mapping[str, str]) -> bool:
+    """Tell whether Swarm finds all of these on a machine: pulled by digest, since one that was loaded has none."""
+    try:
+        machine.script(_HAS_ALL, list(references.values()), timeout_s=60)
+    except CommandError:
         return False
     return True
 

@@ -43,6 +43,13 @@ def services() -> list[Service]:
     return sorted(found, key=lambda service: str(service.name))
 
 
+def references() -> set[str]:
+    """Return by what references the services know the images that they run, and those that the agent starts."""
+    specs = [service.attrs["Spec"]["TaskTemplate"]["ContainerSpec"] for service in services()]
+    given = (variable.partition("=")[2] for spec in specs for variable in spec.get("Env") or [])
+    return {*(str(spec["Image"]) for spec in specs), *given}
+
+
 def container(service: str) -> Container | None:
     """Return the running container of one of the head's services; None if there is none."""
     label = f"com.docker.swarm.service.name={STACK}_{service}"

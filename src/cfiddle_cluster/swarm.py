@@ -161,11 +161,19 @@ def node_of(machine: Machine) -> dict[str, Any] | None:
 
 def worker_names() -> list[str]:
     """Return the names of the swarm's members that carry the label of a worker."""
+    return sorted(name for name, labels in _labels() if labels.get("slurm_worker") == "true")
+
+
+def former_worker_names() -> list[str]:
+    """Return the names of the members that `unlabel_worker` has made ready to leave."""
     return sorted(
-        str(node["Description"]["Hostname"])
-        for node in nodes().values()
-        if (node["Spec"].get("Labels") or {}).get("slurm_worker") == "true"
+        name for name, labels in _labels() if labels.get("slurm_role") == "worker" and "slurm_worker" not in labels
     )
+
+
+def is_ready(name: str) -> bool:
+    """Tell whether Swarm reaches a member of that name."""
+    return any(node["Status"]["State"] == "ready" for node in _named(name))
 
 
 def address_of(name: str) -> str:
@@ -174,7 +182,7 @@ def address_of(name: str) -> str:
 
 
 def unlabel_worker(name: str) -> None:
-    """Let no worker service run on a machine any longer."""
+    """Let no worker service run on a machine any longer; to people it is a worker until it has left."""
     for node in _named(name):
         labels = {key: value for key, value in (node["Spec"].get("Labels") or {}).items() if key != "slurm_worker"}
         # Of a member that is paused Swarm takes nothing away.
@@ -254,6 +262,11 @@ def _is_ours(state: State) -> bool:
 
 def _cluster_id() -> str:
     return str(engine.client().api.inspect_swarm()["ID"])
+
+
+def _labels() -> list[tuple[str, dict[str, str]]]:
+    """Return each member's name and labels."""
+    return [(str(node["Description"].get("Hostname")), node["Spec"].get("Labels") or {}) for node in nodes().values()]
 
 
 def _named(name: str) -> list[dict[str, Any]]:

@@ -25,11 +25,13 @@ class World:
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[str] = []
-        self.failing: dict[str, ClusterError] = {}
+        self.failing: dict[str, BaseException] = {}
         self.outcomes: list[Outcome] = []
         self.changed: list[str] = []
         self.there = ["c1", "c2"]
         self.silent: set[str] = set()
+        self.cut_off: set[str] = set()
+        self.leaving: list[str] = []
         self.without_firewall: set[str] = set()
         self.is_under_way = False
         self.needs_debian = False
@@ -82,8 +84,11 @@ class World:
         self._replace("machines", "real_worker", lambda _config, _state, addr: machine(addr, addr=addr))
         self._replace("machines", "on_each", lambda machines, action: [action(found) for found in machines])
         self._replace("swarm", "worker_names", lambda: list(self.there))
+        self._replace("swarm", "former_worker_names", lambda: self.leaving)
+        self._replace("swarm", "is_ready", lambda name: name in self.cut_off)
         self._replace("swarm", "address_of", lambda name: f"addr-{name}")
         self._replace("services", "container", lambda _service: object())
+        self._replace("services", "references", set)
         self._replace("services", "machines_of", lambda _service: set())
         self._replace("engine", "is_running", lambda: True)
         self._replace("userhost", "url", lambda _config, _state: "http://localhost:8888/?token=abc")
@@ -228,6 +233,14 @@ def test_failure_names_the_step_and_what_to_run_next(world: World, capsys: pytes
     assert world.verbs() == UP
 
 
+def test_images_are_distributed_with_regard_to_what_services_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(cluster_module.services, "references", lambda: {"sha256:a"})
+    monkeypatch.setattr(cluster_module.distribution, "distribute", lambda *args: told.extend(args) or {})
+    world.cluster().up()
+    assert told[-1] == {"sha256:a"}
+
+
 def test_upgrade_is_up_with_another_way_to_replace_services(world: World) -> None:
     world.cluster().upgrade(drain_minutes="30", start_seconds="10")
     assert world.verbs() == ["upgrade.roll_out" if verb == "stack.deploy" else verb for verb in UP]
@@ -360,6 +373,24 @@ def test_worker_whose_machine_is_gone_is_given_up_and_not_waited_for(world: Worl
     assert world.there == ["c1"]
 
 
+def test_worker_that_swarm_reaches_and_ssh_does_not_is_left_as_it_is(world: World) -> None:
+    world.silent = world.cut_off = {"c2"}
+    with pytest.raises(ClusterError, match="addr-c2 cannot be reached by SSH") as caught:
+        world.cluster().remove_worker("c2")
+    assert caught.value.remedy == "ssh addr-c2"
+    assert world.verbs() == ["packages.ensure_root"]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_removal_that_was_interrupted_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, is_lost: bool) -> None:
+    monkeypatch.setattr(cluster_module.swarm, "worker_names", lambda: ["c1"])
+    world.silent = {"c2"} if is_lost else set()
+    world.leaving = ["c2"] if is_lost else []
+    world.cluster().remove_worker("c2")
+    assert world.verbs()[-2:] == ["swarm.remove_node", "simulated.remove_machine"]
+    assert world.there == ["c1"]
+
+
 # --- real machines ---------------------------------------------------------------------------------------------------
 
 REAL = {"WORKER_ADDRS": "10.0.0.2 10.0.0.3"}
@@ -389,6 +420,14 @@ def test_worker_that_cannot_join_is_not_remembered(world: World) -> None:
     world.there = ["w1", "w2"]
     world.failing["swarm.ensure_joined"] = ClusterError("10.0.0.4 belongs to another swarm", "docker swarm leave")
     with pytest.raises(ClusterError, match="another swarm"):
+        world.cluster(**REAL).add_worker("10.0.0.4")
+    assert _addresses(world) == ("10.0.0.2", "10.0.0.3")
+
+
+def test_worker_is_not_remembered_where_its_join_was_interrupted(world: World) -> None:
+    world.there = ["w1", "w2"]
+    world.failing["swarm.ensure_joined"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
         world.cluster(**REAL).add_worker("10.0.0.4")
     assert _addresses(world) == ("10.0.0.2", "10.0.0.3")
 
@@ -518,6 +557,51 @@ def test_worker_that_was_removed_is_forgotten(world: World, monkeypatch: pytest.
     assert _addresses(world) == ("10.0.0.2",)
     assert "swarm.remove_node 10.0.0.3" in world.did
     assert world.verbs().count("user_containers.remove_all") == 1
+
+
+def test_worker_that_was_removed_keeps_nothing_and_gets_no_homes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(settings: Config) -> None:
+        world.did.append(f"export to {','.join(settings.worker_addrs)}")
+
+    monkeypatch.setattr(cluster_module.homes, "ensure_homes", export)
+    world.there = ["10.0.0.2", "10.0.0.3"]
+    world.cluster(**REAL).remove_worker("10.0.0.3")
+    assert world.did[-5:] == [
+        "swarm.remove_node 10.0.0.3",
+        f"registry.remove_trust {[machine('10.0.0.3', addr='10.0.0.3')]}",
+        "stack.remove_volumes",
+        "images.remove_images",
+        "export to 10.0.0.2",
+    ]
+
+
+@pytest.mark.parametrize("service", ["slurmd", "agent"])
+def test_worker_leaves_when_both_its_services_have_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, service: str
+) -> None:
+    monkeypatch.setattr(cluster_module, "STOP_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(cluster_module.services, "machines_of", lambda name: {"c2"} if name == service else set())
+    with pytest.raises(ClusterError, match="slurmd and agent to end on c2"):
+        world.cluster().remove_worker("c2")
+    assert world.verbs()[-1] == "swarm.unlabel_worker"
+
+
+def test_head_that_is_a_worker_no_longer_keeps_what_it_has(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module.machines, "short_hostname", lambda: "head")
+    world.there = ["10.0.0.2", "head"]
+    world.cluster(WORKER_ADDRS="10.0.0.1 10.0.0.2").remove_worker("head")
+    assert not {"swarm.remove_node", "registry.remove_trust", "images.remove_images"} & set(world.verbs())
+    assert world.cluster(WORKER_ADDRS="10.0.0.1 10.0.0.2").config.worker_addrs == ("10.0.0.2",)
+
+
+def test_what_cannot_be_removed_from_a_worker_is_told_and_the_worker_goes(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.there = ["10.0.0.2", "10.0.0.3"]
+    world.failing["stack.remove_volumes"] = ClusterError("volume is in use")
+    world.cluster(**REAL).remove_worker("10.0.0.3")
+    assert "something of the cluster is left on 10.0.0.3: volume is in use" in capsys.readouterr().err
+    assert _addresses(world) == ("10.0.0.2",)
 
 
 def test_lost_worker_with_a_name_for_an_address_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -735,7 +819,7 @@ def test_settings_of_real_workers_are_put_back_when_they_leave(world: World) -> 
     world.state.path("secrets").mkdir()
     cluster = world.cluster(WORKER_ADDRS="10.0.0.2 10.0.0.3")
     cluster.remove_worker("10.0.0.3")
-    assert world.verbs().index("tuning.undo") < world.verbs().index("swarm.unlabel_worker")
+    assert world.verbs().index("slurm.delete_node") < world.verbs().index("tuning.undo"), "or it would take jobs again"
     world.did.clear()
     cluster.down(purge=False)
     assert "tuning.undo" not in world.verbs()

@@ -1,6 +1,6 @@
 """Which image goes where, by which way, and what stops it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +28,14 @@ class FakeMachine:
     roles: frozenset[str]
     complaint: str = ""
     images: list[str] = field(default_factory=list)
+    lacks_digests: bool = False
     scripts: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def script(self, text: str, args: Sequence[str] = (), *, timeout_s: float) -> str:
+        if text == distribution._HAS_ALL:
+            if self.lacks_digests and args:
+                raise CommandError(["ssh", self.name], 1, "No such image", "ended with status 1")
+            return ""
         self.scripts.append((text, list(args)))
         if self.complaint:
             raise CommandError(["ssh", self.name], 1, self.complaint, "ended with status 1")
@@ -92,8 +97,8 @@ def worker(name: str, complaint: str = "") -> FakeMachine:
     return FakeMachine(name, frozenset({"worker"}), complaint)
 
 
-def distribute(*machines: FakeMachine) -> dict[str, str]:
-    return distribution.distribute(None, None, machines, BUILT, lambda _text: None)  # type: ignore[arg-type]
+def distribute(*machines: FakeMachine, running: Collection[str] = ()) -> dict[str, str]:
+    return distribution.distribute(None, None, machines, BUILT, lambda _text: None, running)  # type: ignore[arg-type]
 
 
 def test_one_machine_needs_no_registry(engine: FakeEngine) -> None:
@@ -165,6 +170,46 @@ def test_machine_that_cannot_pull_gets_all_over_ssh_and_all_use_ids(
     references = distribute(head(), worker("c1"), worker("c2", "dial tcp 192.0.2.1:5000: connect: no route to host"))
     assert set(references.values()) == {f"sha256:cfiddle-{name}" for name, image in IMAGES.items() if image.roles}
     assert copied == {machine: [BUILT[name] for name in OF_WORKERS] for machine in ("c1", "c2")}
+
+
+NO_ROUTE = "dial tcp 192.0.2.1:5000: connect: no route to host"
+
+
+def by_digest(*names: str) -> dict[str, str]:
+    return {name: f"{REGISTRY}/cfiddle-{name}@{DIGEST}" for name in names}
+
+
+def test_what_services_run_by_digest_stays_so_where_a_machine_cannot_pull_what_is_new(
+    engine: FakeEngine, copied: dict[str, list[str]]
+) -> None:
+    unchanged = by_digest(*(name for name in OF_WORKERS if name != "agent"))
+    references = distribute(head(), worker("c1"), worker("c2", NO_ROUTE), running=unchanged.values())
+    assert unchanged.items() <= references.items()
+    assert references["agent"] == "sha256:cfiddle-agent"
+    assert copied == {machine: [BUILT["agent"]] for machine in ("c1", "c2")}
+
+
+def test_machine_that_can_neither_pull_nor_has_what_services_run_is_refused(
+    engine: FakeEngine, copied: dict[str, list[str]]
+) -> None:
+    new = worker("c3", NO_ROUTE)
+    new.lacks_digests = True
+    with pytest.raises(ClusterError, match=r"c3 cannot pull from 192\.0\.2\.1:5000: .* no route") as caught:
+        distribute(head(), worker("c1"), worker("c2", NO_ROUTE), new, running=by_digest(*OF_WORKERS).values())
+    assert REGISTRY in caught.value.remedy
+    assert copied == {}
+
+
+def test_what_services_run_by_id_stays_so_when_the_registry_is_back(
+    engine: FakeEngine, copied: dict[str, list[str]]
+) -> None:
+    engine.digests = {f"cfiddle-{name}": DIGEST for name in IMAGES}
+    c1 = worker("c1")
+    c1.images = [f"sha256:cfiddle-{name}" for name in OF_WORKERS]
+    references = distribute(head(), c1, worker("c2"), running=["sha256:cfiddle-agent"])
+    assert references["agent"] == "sha256:cfiddle-agent"
+    assert references["cluster"] == f"{REGISTRY}/cfiddle-cluster@{DIGEST}"
+    assert copied["c2"] == [BUILT["agent"]]
 
 
 def test_registry_that_cannot_be_reached_is_replaced_by_ssh(engine: FakeEngine, copied: dict[str, list[str]]) -> None:

@@ -77,6 +77,12 @@ def test_without_a_swarm_there_are_no_services(swarm: Swarm) -> None:
     assert services.unhealthy() == []
 
 
+def test_images_that_services_run_and_that_they_start_are_known(swarm: Swarm) -> None:
+    spec = swarm.found["slurmd"].attrs["Spec"]["TaskTemplate"]
+    spec["ContainerSpec"] = {"Image": "sha256:a", "Env": ["SANDBOX_IMAGE=10.0.0.1:5000/cfiddle-sandbox@sha256:b"]}
+    assert services.references() == {"new", "sha256:a", "10.0.0.1:5000/cfiddle-sandbox@sha256:b"}
+
+
 def test_all_run_what_was_deployed(swarm: Swarm) -> None:
     swarm.task("slurmctld")
     swarm.task("slurmd")

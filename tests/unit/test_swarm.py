@@ -454,6 +454,24 @@ def test_unlabelled_worker_keeps_what_else_it_has(engine: FakeEngine) -> None:
     swarm.unlabel_worker("nobody")
 
 
+def test_worker_whose_removal_was_interrupted_is_known(engine: FakeEngine) -> None:
+    engine.add_node("head-1", "1")
+    engine.add_node("c1", "2")
+    swarm.ensure_labels(machine("head-1", "head"), [machine("c1")])
+    assert swarm.former_worker_names() == []
+    swarm.unlabel_worker("c1")
+    assert swarm.worker_names() == []
+    assert swarm.former_worker_names() == ["c1"]
+
+
+def test_member_is_ready_unless_swarm_has_lost_it(engine: FakeEngine) -> None:
+    engine.add_node("c1", "1")
+    engine.add_node("c2", "2", "down")
+    assert swarm.is_ready("c1")
+    assert not swarm.is_ready("c2")
+    assert not swarm.is_ready("nobody")
+
+
 def test_paused_worker_that_shall_go_is_swarm_s_to_clear_again(engine: FakeEngine) -> None:
     engine.add_node("c1", "1", slurm_worker="true")
     swarm.set_availability("1", "pause")
