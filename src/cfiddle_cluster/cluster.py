@@ -133,7 +133,7 @@ class Cluster:
             built.update(images.build(self.config, report.note))
 
         def machines_() -> None:
-            workers, others = self._ensure_machines(built)
+            workers, others = self._ensure_machines(built, report)
             there.extend([self._head, *workers])
             silent.extend(others)
             # An upgrade could not keep Swarm from replacing the services of a worker that we alone do not reach.
@@ -225,12 +225,12 @@ class Cluster:
         remote = [addr for addr in self.config.worker_addrs if addr != self.config.head_addr]
         return [machines.real_worker(self.config, self.state, addr) for addr in remote]
 
-    def _ensure_machines(self, built: Mapping[str, str]) -> tuple[list[Machine], list[Silent]]:
+    def _ensure_machines(self, built: Mapping[str, str], report: Report) -> tuple[list[Machine], list[Silent]]:
         """Make the simulated workers, or install Docker on the real ones; return those, and those beyond reach."""
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
             homes.ensure_root(self.config)  # they have it mounted from their first moment
-            simulated.ensure_machines(self.config, self.state, names, built["machine"])
+            simulated.ensure_machines(self.config, self.state, names, built["machine"], report.note)
             return self._workers(), []
         if left := simulated.existing():
             raise ClusterError(

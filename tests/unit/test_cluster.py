@@ -105,7 +105,7 @@ class World:
 
         return noted
 
-    def _ensure_machines(self, _config: Any, _state: State, names: list[str], image: str) -> None:
+    def _ensure_machines(self, _config: Any, _state: State, names: list[str], image: str, _report: Any) -> None:
         self.did.append(f"simulated.ensure_machines {','.join(names)} {image}")
         self.there = list(names)
 
