@@ -487,12 +487,13 @@ class Cluster:
         print(f"{name} is no user any longer" + ("" if delete_home else "; the home directory is still there"))
 
     def import_users(self, path: Path) -> None:
-        """Add all users of a CSV file, or none."""
+        """Add all users of a CSV file who are not there yet, or none."""
         packages.ensure_root()
         with self.state.lock("import-users"):
             self._must_run()
-            added = users.import_users(self.config, self.state, path)
-        print(f"{len(added)} users added: {', '.join(user.name for user in added)}")
+            added, there = users.import_users(self.config, self.state, path)
+        names = f": {', '.join(user.name for user in added)}" if added else ""
+        print(f"{len(added)} users added{names}" + (f"; {len(there)} were there" if there else ""))
 
     # --- backup, restore, down ---------------------------------------------------------------------------------------
 
@@ -554,7 +555,8 @@ class Cluster:
                         report.note(f"{silent.machine.addr} does not answer, and keeps its firewall")
             if purge:
                 with report.step("home directories, state"):
-                    homes.purge(self.config)
+                    if left := homes.purge(self.config, users.with_homes(self.state)):
+                        report.note(f"{self.config.home_root} keeps what is no home of a user: {', '.join(left)}")
                     self.state.purge()
 
     def _take_down(self, report: Report, *, purge: bool) -> None:
