@@ -21,6 +21,7 @@ LOCAL_WORKER_MEMORY_MB=0
 
 # --- Home directories -----------------------------------------------------------------------------------------------
 # Where they are on the head. In the cluster's containers this is /home; the machine's own /home is never touched.
+# A directory for them alone, two levels deep or more.
 HOME_ROOT="/srv/cfiddle-cluster/home"
 # bind (simulated machines), nfs (real ones), or empty: chosen by itself.
 # With HOME_STORAGE=nfs and HOME_SERVER=ADDRESS an NFS server that exists already is used; HOME_ROOT is its export then.

@@ -164,7 +164,7 @@ def remove_user(cluster, name, delete_home=False):
 
 @cluster_task
 def import_users(cluster, file):
-    """Add every user of a CSV file (a column `name`, optionally `uid`), or none if one line is wrong."""
+    """Add those in a CSV file (a column `name`, optionally `uid`) who are no users yet; none if one line is wrong."""
     cluster.import_users(Path(file))
 
 

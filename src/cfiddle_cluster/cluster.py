@@ -133,7 +133,7 @@ class Cluster:
             built.update(images.build(self.config, report.note))
 
         def machines_() -> None:
-            workers, others = self._ensure_machines(built)
+            workers, others = self._ensure_machines(built, report)
             there.extend([self._head, *workers])
             silent.extend(others)
             # An upgrade could not keep Swarm from replacing the services of a worker that we alone do not reach.
@@ -229,12 +229,12 @@ class Cluster:
         remote = [addr for addr in self.config.worker_addrs if addr != self.config.head_addr]
         return [machines.real_worker(self.config, self.state, addr) for addr in remote]
 
-    def _ensure_machines(self, built: Mapping[str, str]) -> tuple[list[Machine], list[Silent]]:
+    def _ensure_machines(self, built: Mapping[str, str], report: Report) -> tuple[list[Machine], list[Silent]]:
         """Make the simulated workers, or install Docker on the real ones; return those, and those beyond reach."""
         if self.config.simulated:
             names = _simulated_names(self.configured, self.state)
             homes.ensure_root(self.config)  # they have it mounted from their first moment
-            simulated.ensure_machines(self.config, self.state, names, built["machine"])
+            simulated.ensure_machines(self.config, self.state, names, built["machine"], report.note)
             return self._workers(), []
         if left := simulated.existing():
             raise ClusterError(
@@ -528,12 +528,13 @@ class Cluster:
         print(f"{name} is no user any longer" + ("" if delete_home else "; the home directory is still there"))
 
     def import_users(self, path: Path) -> None:
-        """Add all users of a CSV file, or none."""
+        """Add all users of a CSV file who are not there yet, or none."""
         packages.ensure_root()
         with self.state.lock("import-users"):
             self._must_run()
-            added = users.import_users(self.config, self.state, path)
-        print(f"{len(added)} users added: {', '.join(user.name for user in added)}")
+            added, there = users.import_users(self.config, self.state, path)
+        names = f": {', '.join(user.name for user in added)}" if added else ""
+        print(f"{len(added)} users added{names}" + (f"; {len(there)} were there" if there else ""))
 
     # --- backup, restore, down ---------------------------------------------------------------------------------------
 
@@ -595,7 +596,8 @@ class Cluster:
                         report.note(f"{silent.machine.addr} does not answer, and keeps its firewall")
             if purge:
                 with report.step("home directories, state"):
-                    homes.purge(self.config)
+                    if left := homes.purge(self.config, users.with_homes(self.state)):
+                        report.note(f"{self.config.home_root} keeps what is no home of a user: {', '.join(left)}")
                     self.state.purge()
 
     def _take_down(self, report: Report, *, purge: bool) -> None:

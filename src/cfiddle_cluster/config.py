@@ -52,6 +52,7 @@ TUNABLE = ("governor", "boost", "smt", "swap", "counters")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _ACCOUNT = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
 _REGISTRY_ACCOUNT = re.compile(r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9][a-z0-9._-]*")
+_SYSTEM = frozenset({"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "run", "sbin", "sys", "usr"})
 _REMEDY = "correct config.sh; its comments say what each setting means"
 
 # What a setting may be written with; whatever else the caller's environment has says nothing about the cluster.
@@ -160,8 +161,11 @@ def from_settings(root: Path, settings: Mapping[str, str]) -> Config:
     home_root = settings.get("HOME_ROOT", "")
     if not re.fullmatch(r"/[^\s:,'\"\\$]+", home_root) or ".." in home_root.split("/"):
         faults.append(f"HOME_ROOT is {home_root!r}; it must be an absolute path without blanks, commas and colons")
-    elif Path(home_root) in (Path("/home"), Path("/root"), Path("/srv"), Path("/usr"), Path("/var"), Path("/etc")):
-        faults.append(f"HOME_ROOT is {home_root}, which is the machine's own; choose a directory of its own")
+    elif server in ("", head) and _is_of_the_system(Path(home_root)):
+        faults.append(
+            f"HOME_ROOT is {home_root}, which is the machine's own; it must be a directory for the homes alone, "
+            "two levels deep or more, as /srv/cfiddle-cluster/home is"
+        )
     tune = settings.get("TUNE", "").split()
     if others := sorted(set(tune) - set(TUNABLE)):
         faults.append(f"TUNE has {', '.join(others)}; it may have {', '.join(TUNABLE)}")
@@ -237,6 +241,12 @@ def _read(path: Path) -> dict[str, str]:
     if unknown:
         raise ClusterError("config.sh: " + "; ".join(_unknown(name) for name in unknown), _REMEDY)
     return dict(word.split("=", 1) for word in words)
+
+
+def _is_of_the_system(directory: Path) -> bool:
+    """Whether a directory is one that every machine has, or in one where only packages put anything (hier(7))."""
+    parts = directory.parts[1:]
+    return len(parts) < 2 or parts[0] in _SYSTEM or (parts[0] == "var" and len(parts) < 3)
 
 
 def _own_address(workers: tuple[str, ...]) -> str:

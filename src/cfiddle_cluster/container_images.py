@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 import docker.errors
 
 from agent import policy
-from cfiddle_cluster import distribution, engine, registry
+from cfiddle_cluster import distribution, engine, registry, stack
 from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import STACK, Config
 from cfiddle_cluster.errors import ClusterError
@@ -33,9 +33,9 @@ def share(
         The names of those images.
 
     Raises:
-        ClusterError: an image is not on the head, or cannot be brought to a machine.
+        ClusterError: policy.yaml is wrong, an image is not on the head, or cannot be brought to a machine.
     """
-    rules = policy.load(config.root / "policy.yaml", images=policy.own_images({}))
+    rules = stack.load_policy(config.root, policy.own_images({}))
     named = [name for name in (rules.containers.images if rules.containers else {}) if name not in policy.OWN_IMAGES]
     if not named:
         return []

@@ -520,7 +520,7 @@ def _pythons(config: Config, state: State, *, is_running: bool) -> list[Finding]
     if not is_running:
         return []
     try:
-        ids = {name: _image_id(reference) for name, reference in images.built(config).items() if name != "base"}
+        ids = {name: engine.image_id(reference) for name, reference in images.built(config).items() if name != "base"}
         known: dict[str, str] = state.read_json(RELEASES, {})
         unknown = {name: image for name, image in ids.items() if image and image not in known}
         fresh = images.releases(unknown)
@@ -540,13 +540,6 @@ def _pythons(config: Config, state: State, *, is_running: bool) -> list[Finding]
         mend = "./invoke down --purge, then ./invoke up: all are built anew"
         return [Finding(MEND, head, f"the images differ: {odd}; the others have {kinds[-1]}", mend)]
     return [Finding(OK, head, f"{len(found)} images with {kinds[0]}")]
-
-
-def _image_id(reference: str) -> str:
-    try:
-        return str(engine.client().images.get(reference).id)
-    except docker.errors.ImageNotFound:
-        return ""
 
 
 def _names(known: Sequence[Facts]) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from functools import cache
 
 import docker
-from docker.errors import DockerException
+from docker.errors import DockerException, ImageNotFound
 
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.wait import PATIENCE
@@ -36,3 +36,11 @@ def is_running() -> bool:
     except (ClusterError, DockerException):
         client.cache_clear()
         return False
+
+
+def image_id(reference: str) -> str:
+    """Return the identity of an image that this engine has, whatever it is called; empty if it has it not."""
+    try:
+        return str(client().images.get(reference).id)
+    except ImageNotFound:
+        return ""

@@ -1,9 +1,10 @@
 """Home directories: HOME_ROOT on the head, exported to real workers or bound into simulated ones; or another server."""
 
-import contextlib
 import os
 import shutil
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cfiddle_cluster.commands import run
@@ -119,17 +120,32 @@ def delete_home(config: Config, name: str) -> None:
         shutil.rmtree(home)
 
 
-def purge(config: Config) -> None:
-    """Withdraw the export and delete all homes; what is on an external server stays."""
+def purge(config: Config, names: Iterable[str]) -> list[str]:
+    """Withdraw the export and delete the homes; what is on an external server stays.
+
+    Args:
+        config: the administrator's settings.
+        names: whose homes the cluster made.
+
+    Returns:
+        What is in HOME_ROOT besides them, and stays.
+    """
     if EXPORTS.exists():
         EXPORTS.unlink()
         run(["exportfs", "-ra"], timeout_s=30)
     SERVER.unlink(missing_ok=True)
-    if not is_external(config) and config.home_root.exists():
-        shutil.rmtree(config.home_root)
-        if config.home_root.parent.name == "cfiddle-cluster":
-            with contextlib.suppress(OSError):  # holds something else
-                config.home_root.parent.rmdir()
+    root = config.home_root
+    if is_external(config) or not root.exists():
+        return []
+    for home in (root / name for name in names):
+        if home.is_dir() and not home.is_symlink():
+            shutil.rmtree(home)
+    left = sorted(os.listdir(root))
+    with suppress(OSError):  # holds something else, or a disk is mounted there
+        root.rmdir()
+        if root.parent.name == "cfiddle-cluster":
+            root.parent.rmdir()
+    return left
 
 
 def kernel_has_nfs_server() -> bool:

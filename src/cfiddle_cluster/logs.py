@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cfiddle_cluster import services, slurm, status
+from cfiddle_cluster import registry, services, slurm, status
 from cfiddle_cluster.commands import docker_cli, run
 from cfiddle_cluster.config import STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import PATIENCE
 
-REGISTRY = "cfiddle-registry"
 TIMEOUT_S = 120 * PATIENCE
 LEAST_SECRET_LENGTH = 8
 
@@ -83,9 +82,9 @@ def _services() -> dict[str, str]:
     found = {str(service.name).removeprefix(f"{STACK}_"): str(service.name) for service in services.services()}
     if (
         services.is_manager()
-        and run([docker_cli(), "service", "ls", "-q", "--filter", f"name={REGISTRY}"], timeout_s=30).strip()
+        and run([docker_cli(), "service", "ls", "-q", "--filter", f"name={registry.SERVICE}"], timeout_s=30).strip()
     ):
-        found["registry"] = REGISTRY
+        found["registry"] = registry.SERVICE
     return found
 
 

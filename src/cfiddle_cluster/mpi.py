@@ -9,7 +9,7 @@ from typing import Any
 
 from docker.models.containers import Container
 
-from cfiddle_cluster import services, slurm
+from cfiddle_cluster import slurm, userhost
 from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
@@ -36,7 +36,7 @@ def write_machinefile() -> str:
     text = machinefile(slurm.slots())
     # A reader sees the old file or the new one.
     script = f"umask 022 && cat >{MACHINEFILE}.new && mv {MACHINEFILE}.new {MACHINEFILE}"
-    _in_userhost(_userhost(), ["sh", "-c", script], input=text)
+    _in_userhost(userhost.running(), ["sh", "-c", script], input=text)
     return text
 
 
@@ -46,18 +46,18 @@ def test(config: Config, *, user: str, picture: Path) -> None:
     Raises:
         ClusterError: there are fewer than two nodes, the job fails, or pi is wrong.
     """
-    userhost = _userhost()
+    container = userhost.running()
     nodes = len(slurm.slots())
     if nodes < 2:
         raise ClusterError(f"{nodes} node takes jobs, and a pair needs two", "./invoke scale 2")
     argv = ["srun", "--quiet", "--mpi=pmix", "--partition=shared", f"--nodes={nodes}", "--ntasks-per-node=1"]
-    command = ["as-user", user, *argv, "python3", "-c", _program(userhost, "mpi_pairs.py")]
+    command = ["as-user", user, *argv, "python3", "-c", _program(container, "mpi_pairs.py")]
     try:
-        measured = json.loads(_in_userhost(userhost, command, timeout_s=TEST_TIMEOUT_S))
+        measured = json.loads(_in_userhost(container, command, timeout_s=TEST_TIMEOUT_S))
     except CommandError as error:
         raise ClusterError(f"the nodes do not reach each other by MPI:\n{error.output}", "./invoke doctor") from error
     print(table(measured))
-    _draw(userhost, measured, picture)
+    _draw(container, measured, picture)
     check_pi(measured["pi"])
 
 
@@ -79,22 +79,15 @@ def check_pi(pi: float) -> None:
         raise ClusterError(f"the processes computed {pi:.15f} for pi", "./invoke test-mpi again; ./invoke doctor")
 
 
-def _userhost() -> Container:
-    found = services.container("userhost")
-    if found is None:
-        raise ClusterError("the users' node does not run", "./invoke up starts it; ./invoke status shows what runs")
-    return found
-
-
-def _draw(userhost: Container, measured: Mapping[str, Any], picture: Path) -> None:
+def _draw(container: Container, measured: Mapping[str, Any], picture: Path) -> None:
     argv = ["as-user", "jovyan", "env", "MPLCONFIGDIR=/tmp", "python3", f"{_PROGRAMS}/mpi_picture.py"]
-    picture.write_bytes(base64.b64decode(_in_userhost(userhost, argv, input=json.dumps(measured))))
+    picture.write_bytes(base64.b64decode(_in_userhost(container, argv, input=json.dumps(measured))))
     print(f"drawn to {picture}")
 
 
-def _program(userhost: Container, name: str) -> str:
-    return _in_userhost(userhost, ["cat", f"{_PROGRAMS}/{name}"])
+def _program(container: Container, name: str) -> str:
+    return _in_userhost(container, ["cat", f"{_PROGRAMS}/{name}"])
 
 
-def _in_userhost(userhost: Container, argv: list[str], *, timeout_s: float = 60, input: str | None = None) -> str:
-    return run([docker_cli(), "exec", "--interactive", str(userhost.id), *argv], timeout_s=timeout_s, input=input)
+def _in_userhost(container: Container, argv: list[str], *, timeout_s: float = 60, input: str | None = None) -> str:
+    return run([docker_cli(), "exec", "--interactive", str(container.id), *argv], timeout_s=timeout_s, input=input)

@@ -8,7 +8,7 @@ from cfiddle_cluster import slurm
 from cfiddle_cluster.calibration import PROGRAM, Identity
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import wait_until, wait_until_none
 
 REGISTER_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 60.0
@@ -31,11 +31,11 @@ def wait_until_ready(machines: Iterable[Machine]) -> dict[str, Identity]:
         ClusterError: a worker does not register, does not answer, or its job fails or leaves no record.
     """
     names = [machine.name for machine in machines if "worker" in machine.roles]
-    wait_until(
-        lambda: not _missing(names),
+    wait_until_none(
+        lambda: _missing(names),
         timeout_s=REGISTER_TIMEOUT_S,
-        what=f"the workers {', '.join(names)} to answer slurmctld",
-        remedy="./invoke status shows which do not; ./invoke logs slurmd shows why",
+        what="{} to answer slurmctld",
+        remedy="./invoke logs slurmd shows why",
     )
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = dict(zip(names, pool.map(_ensure_proof, names), strict=True))

@@ -6,7 +6,7 @@ with the outer engine, and are the same members of the swarm when they do.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import IPv4Address
@@ -28,7 +28,6 @@ NETWORK = "cfiddle-machines"
 BRIDGE = "cfiddle-mach"
 """An interface's name has at most 15 characters."""
 START_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 20
 AUTHORIZED_KEYS = "/etc/ssh/authorized_keys"
 
 # include/uapi/linux/capability.h, in the order of their numbers. The three newest are left out: older engines do not
@@ -52,20 +51,24 @@ def workers(state: State) -> list[Machine]:
     return [_machine(state, name) for name in existing()]
 
 
-def ensure_machines(config: Config, state: State, names: Sequence[str], image: str) -> list[Machine]:
-    """Have machines of these names, running and reachable.
+def ensure_machines(
+    config: Config, state: State, names: Sequence[str], image: str, report: Callable[[str], None] = print
+) -> list[Machine]:
+    """Have machines of these names, running and reachable. One that is there goes on as it is: jobs may run on it.
 
     Args:
         config: the administrator's settings.
         state: where the SSH key is.
         names: c1, c2, …
         image: the reference of the image cfiddle-machine.
+        report: is told who goes on with an earlier image.
 
     Raises:
         ClusterError: the network's addresses are taken, or a machine does not come up.
     """
     _ensure_network()
     containers = {str(found.labels["cfiddle.machine"]): found for found in _containers()}
+    outdated: list[str] = []
     cpus = cpu_sets(len(names), sorted(os.sched_getaffinity(0)))
     for name, cpu_set in zip(names, cpus, strict=True):
         container = containers.get(name)
@@ -75,6 +78,8 @@ def ensure_machines(config: Config, state: State, names: Sequence[str], image: s
             container = None
         if container is None:
             container = _create(config, state, name, image)
+        elif container.attrs["Config"]["Image"] != image:
+            outdated.append(name)
         if (container.attrs["HostConfig"]["CpusetCpus"] or "") != cpu_set:
             container.update(cpuset_cpus=cpu_set)
         if container.status != "running":
@@ -86,6 +91,8 @@ def ensure_machines(config: Config, state: State, names: Sequence[str], image: s
             what=f"the simulated machine {name} to come up",
             remedy=f"docker logs {_container_name(name)} shows what it says",
         )
+    if outdated:
+        report(f"{', '.join(outdated)}: of an earlier image; ./invoke down, then ./invoke up, makes them anew")
     _write_known_hosts(state)
     return [_machine(state, name) for name in names]
 

@@ -97,7 +97,7 @@ def values_of(config: Config, state: State, references: Mapping[str, str]) -> di
     Raises:
         ClusterError: policy.yaml is wrong, or the port is somebody else's.
     """
-    rules = _policy(config.root, references)
+    rules = load_policy(config.root, {name: references[image] for name, image in policy.OWN_IMAGES.items()})
     _check_port("JUPYTER_PORT", config.jupyter_port, "JupyterLab")
     if config.ssh_port:
         _check_port("SSH_PORT", config.ssh_port, "SSH to the users' node")
@@ -205,12 +205,18 @@ def _ensure_secrets(state: State) -> dict[str, str]:
     return names
 
 
-def _policy(root: Path, references: Mapping[str, str]) -> policy.Policy:
-    """Return the policy; what is wrong with it is found out here, and not by every agent after it was replaced."""
+def load_policy(root: Path, images: Mapping[str, str]) -> policy.Policy:
+    """Return the policy; what is wrong with it is found out here, and not by every agent after it was replaced.
+
+    Args:
+        root: the checkout.
+        images: what each of `policy.OWN_IMAGES` stands for.
+
+    Raises:
+        ClusterError: it is wrong.
+    """
     try:
-        return policy.load(
-            root / "policy.yaml", images={name: references[image] for name, image in policy.OWN_IMAGES.items()}
-        )
+        return policy.load(root / "policy.yaml", images=images)
     except policy.PolicyError as error:
         raise ClusterError(str(error), "correct policy.yaml; its comments say what each setting means") from error
 

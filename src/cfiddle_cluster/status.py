@@ -7,12 +7,11 @@ from typing import Any
 import docker.errors
 import requests.exceptions
 
-from cfiddle_cluster import engine, images, services, slurm, userhost
+from cfiddle_cluster import engine, images, registry, services, slurm, userhost
 from cfiddle_cluster.config import LABEL, STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
 
-REGISTRY = "cfiddle-registry"
 MACHINE_PREFIX = "cfiddle-machine-"
 MOST_JOBS = 20
 
@@ -196,12 +195,12 @@ def _services() -> list[dict[str, Any]]:
 def _all_services() -> list[Any]:
     if not services.is_manager():
         return []
-    registry = engine.client().services.list(filters={"name": REGISTRY})
-    return [*(service for service in registry if service.name == REGISTRY), *services.services()]
+    named = engine.client().services.list(filters={"name": registry.SERVICE})
+    return [*(service for service in named if service.name == registry.SERVICE), *services.services()]
 
 
 def _short(name: str) -> str:
-    return "registry" if name == REGISTRY else name.removeprefix(f"{STACK}_")
+    return "registry" if name == registry.SERVICE else name.removeprefix(f"{STACK}_")
 
 
 def _images(config: Config) -> list[dict[str, str]]:
@@ -222,10 +221,10 @@ def _images(config: Config) -> list[dict[str, str]]:
                 running[_IN_THE_AGENT[setting]].add(value)
     found = []
     for name, references in running.items():
-        identity = _image_id(built[name])
+        identity = engine.image_id(built[name])
         if not references:
             state = "built" if identity else "not built"
-        elif identity and all(_image_id(reference) == identity for reference in references):
+        elif identity and all(engine.image_id(reference) == identity for reference in references):
             state = "current"
         else:
             state = "differs from what runs"
@@ -233,11 +232,3 @@ def _images(config: Config) -> list[dict[str, str]]:
             {"name": f"cfiddle-{name}", "state": state, "built": built[name], "running": ", ".join(sorted(references))}
         )
     return found
-
-
-def _image_id(reference: str) -> str:
-    """Return the identity of an image that this machine's engine has, whatever it is called; empty if it has it not."""
-    try:
-        return str(engine.client().images.get(reference).id)
-    except docker.errors.DockerException:
-        return ""

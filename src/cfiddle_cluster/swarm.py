@@ -14,7 +14,7 @@ from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import EngineError, Machine, on_each, resolved
 from cfiddle_cluster.services import is_manager
 from cfiddle_cluster.state import State
-from cfiddle_cluster.wait import PATIENCE, wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until, wait_until_none
 
 PORT = 2377
 PORTS = {PORT: "tcp", 7946: "tcp and udp", 4789: "udp"}
@@ -74,9 +74,16 @@ def ensure_swarm(config: Config, state: State) -> None:
         )
     if swarm["LocalNodeState"] != "inactive":
         client.swarm.leave(force=True)
+    # An engine takes no name here.
+    address = resolved(config.head_addr)
+    if address != config.head_addr and address.startswith("127."):
+        raise ClusterError(
+            f"HEAD_ADDR is {config.head_addr}, which is {address} on this machine, where no worker reaches it",
+            "set HEAD_ADDR in config.sh to the address, in digits, at which workers reach this machine",
+        )
     had_bridge = bool(client.networks.list(names=[f"^{BRIDGE}$"]))
     try:
-        client.swarm.init(advertise_addr=config.head_addr, listen_addr=f"0.0.0.0:{PORT}")
+        client.swarm.init(advertise_addr=address, listen_addr=f"0.0.0.0:{PORT}")
     except APIError as error:
         raise ClusterError(
             f"the swarm cannot be made at {config.head_addr}: {error.explanation}",
@@ -126,11 +133,11 @@ def ensure_joined(config: Config, state: State, machines: Iterable[Machine]) -> 
     if missing:
         _let_join(config, state, missing)
     _remove_forgotten({machine.name for machine in machines})
-    wait_until(
-        lambda: all(node is not None and node["Status"]["State"] == "ready" for node in map(node_of, machines)),
+    wait_until_none(
+        lambda: [machine.name for machine in machines if not _is_ready(machine)],
         timeout_s=JOIN_TIMEOUT_S,
-        what=f"{', '.join(machine.name for machine in machines)} to be ready in the swarm",
-        remedy="docker node ls shows who is not; ports 2377, 7946 and 4789 must be open between the machines",
+        what="{} to be ready in the swarm",
+        remedy="docker node ls shows their state; ports 2377, 7946 and 4789 must be open between the machines",
     )
 
 
@@ -157,6 +164,11 @@ def node_of(machine: Machine) -> dict[str, Any] | None:
     named = [node for node in nodes().values() if node["Description"].get("Hostname") == machine.name]
     named.sort(key=lambda node: (node["Status"]["State"] == "ready", str(node["CreatedAt"])))
     return named[-1] if named else None
+
+
+def _is_ready(machine: Machine) -> bool:
+    node = node_of(machine)
+    return node is not None and node["Status"]["State"] == "ready"
 
 
 def worker_names() -> list[str]:
@@ -360,8 +372,8 @@ _joined = threading.Lock()
 def _join(config: Config, state: State, machine: Machine, token: str) -> None:
     body = {
         "ListenAddr": f"0.0.0.0:{PORT}",
-        "AdvertiseAddr": machine.addr,
-        "RemoteAddrs": [f"{config.head_addr}:{PORT}"],
+        "AdvertiseAddr": resolved(machine.addr),
+        "RemoteAddrs": [f"{resolved(config.head_addr)}:{PORT}"],
         "JoinToken": token,
     }
     try:

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from cfiddle_cluster.users import User
 
 
+def running() -> Container:
+    """Return the container of the users' node.
+
+    Raises:
+        ClusterError: it does not run.
+    """
+    found = services.container("userhost")
+    if found is None:
+        raise ClusterError("the users' node does not run", "./invoke up starts it; ./invoke status shows what runs")
+    return found
+
+
 def shell(config: Config, *, user: str = "jovyan", command: str | None = None) -> int:
     """Run a shell, or a command by it, as a user on the users' node; return its exit status.
 
@@ -63,9 +75,7 @@ def end_sessions(user: "User") -> None:
 
 
 def _attached(argv: list[str]) -> int:
-    container = services.container("userhost")
-    if container is None:
-        raise ClusterError("the users' node does not run", "./invoke up starts it; ./invoke status shows what runs")
+    container = running()
     terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
     sys.stdout.flush()
     wrapped = [docker_cli(), "exec", "--interactive", *terminal, str(container.id), *argv]

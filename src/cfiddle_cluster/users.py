@@ -54,6 +54,12 @@ def listing(state: State) -> list[User]:
     return sorted((_user(name, uid) for name, uid in uids.items()), key=lambda user: user.uid)
 
 
+def with_homes(state: State) -> list[str]:
+    """Return the names of all whose homes the cluster has made, those who were removed too; nobody before `up`."""
+    known: dict[str, Any] = state.read_json(LIST, {"users": {}, "former": {}})
+    return [*known["users"], *known["former"]]
+
+
 def find(state: State, name: str) -> User:
     """Return the user of that name.
 
@@ -66,12 +72,6 @@ def find(state: State, name: str) -> User:
             f"there is no user {name!r}; there are {', '.join(users)}", f"add one with: ./invoke add-user {name}"
         )
     return users[name]
-
-
-def ensure_users(config: Config, state: State) -> None:
-    """Bring homes, accounts and Slurm's associations to what the list says."""
-    ensure_accounts(config, state)
-    ensure_associations(state)
 
 
 def ensure_accounts(config: Config, state: State) -> None:
@@ -94,17 +94,24 @@ def add(config: Config, state: State, name: str, *, uid: int | None = None) -> U
     Raises:
         ClusterError: the name or the uid cannot be had; nothing has changed.
     """
+    if name in _read(state)["users"]:
+        raise ClusterError(f"the user {name!r} exists already", "choose another name; no user was added")
     (user,) = _add(config, state, [("", name, uid)])
     return user
 
 
-def import_users(config: Config, state: State, path: Path) -> list[User]:
-    """Add every user of a CSV file with a column `name` and, where wanted, `uid`.
+def import_users(config: Config, state: State, path: Path) -> tuple[list[User], list[User]]:
+    """Add every user of a CSV file with a column `name` and, where wanted, `uid`; those who are there stay as they are.
+
+    Returns:
+        Those who were added, and those who were there.
 
     Raises:
         ClusterError: with all that is wrong in the file; nothing has changed.
     """
-    return _add(config, state, _rows(path))
+    before = _read(state)["users"]
+    users = _add(config, state, _rows(path))
+    return [user for user in users if user.name not in before], [user for user in users if user.name in before]
 
 
 def remove(
@@ -219,7 +226,7 @@ def _add(config: Config, state: State, wanted: list[tuple[str, str, int | None]]
 
 
 def _choose_uids(known: dict[str, Any], wanted: list[tuple[str, str, int | None]]) -> dict[str, int]:
-    """Return a uid for each wanted user, or raise with all that is wrong."""
+    """Return a uid for each wanted user, for one of the list their own; or raise with all that is wrong."""
     users: dict[str, int] = known["users"]
     former: dict[str, int] = known["former"]
     owners = {
@@ -239,7 +246,7 @@ def _choose_uids(known: dict[str, Any], wanted: list[tuple[str, str, int | None]
             faults.append(where + fault)
             continue
         if uid is None:
-            uid = former.get(name)
+            uid = users.get(name, former.get(name))
         if uid is None:
             while following in taken:
                 following += 1
@@ -268,12 +275,12 @@ def _fault(
         return f"{name!r} is no name for a user: it must be 1 to 32 of a-z, 0-9, _ and -, and begin with a letter or _"
     if name in _SYSTEM_NAMES.split() or name == PROBE.name or name.startswith("systemd-"):
         return f"{name!r} is a name of the system"
-    if name in users:
-        return f"the user {name!r} exists already"
     if name in chosen:
         return f"the user {name!r} stands here twice"
-    if uid is None:
+    if uid is None or users.get(name) == uid:
         return ""
+    if name in users:
+        return f"the user {name!r} exists already, with the uid {users[name]}"
     if not 1000 <= uid <= LAST_UID:
         return f"the uid {uid} of {name!r} is not between 1000 and {LAST_UID}"
     if owners.get(uid, name) != name:

@@ -82,7 +82,7 @@ def test_import_adds_every_user_of_a_file(cluster: LiveCluster, tmp_path: Path) 
         ("name\ngood1\n../../etc\n", "../../etc"),
         ("name\ngood1\n-rf\n", "-rf"),
         ("name\ngood1\nroot\n", "root"),
-        ("name\ngood1\ntest_user1\n", "test_user1"),
+        ("name,uid\ngood1,\ntest_user1,2009\n", "test_user1"),
         ("name\ngood1\nBäcker\n", "Bäcker"),
         ("name,uid\ngood1,2001\n", "2001"),
         ("name,uid\ngood1,0\n", "0"),

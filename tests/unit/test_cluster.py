@@ -76,7 +76,7 @@ class World:
             self._replace("backup", name, self._note(f"backup.{name}"))
         ada = SimpleNamespace(name="ada", uid=2003)
         self._replace("users", "add", self._note("users.add", ada))
-        self._replace("users", "import_users", self._note("users.import_users", [ada, ada]))
+        self._replace("users", "import_users", self._note("users.import_users", ([ada], [ada, ada])))
         self._replace("users", "remove", self._note("users.remove"))
         self._replace("machines", "named", self._named)
         self._replace("machines", "reached", self._reached)
@@ -110,7 +110,7 @@ class World:
 
         return noted
 
-    def _ensure_machines(self, _config: Any, _state: State, names: list[str], image: str) -> None:
+    def _ensure_machines(self, _config: Any, _state: State, names: list[str], image: str, _report: Any) -> None:
         self.did.append(f"simulated.ensure_machines {','.join(names)} {image}")
         self.there = list(names)
 
@@ -650,7 +650,7 @@ def test_users_come_and_go_and_are_told_what_that_means(world: World, capsys: py
     ]
     assert capsys.readouterr().out.splitlines() == [
         "ada (uid 2003) can log in: ./invoke shell --user ada",
-        "2 users added: ada, ada",
+        "1 users added: ada; 2 were there",
         "ada is no user any longer; the home directory is still there",
         "ada is no user any longer",
     ]
@@ -733,6 +733,16 @@ def test_purge_takes_everything(world: World) -> None:
     assert world.did.index("user_containers.remove_all") < world.did.index("stack.remove_volumes"), "they hold volumes"
     assert "simulated.remove_all purge=True" in world.did
     assert not world.state.directory.exists()
+
+
+def test_purge_deletes_the_homes_of_users_and_says_what_else_stays(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.state.write_json("users.json", {"users": {"jovyan": 1000}, "former": {"ada": 2003}})
+    world._replace("homes", "purge", world._note("homes.purge", ["archive"]))
+    world.cluster().down(purge=True)
+    assert world.did[-1] == "homes.purge ['jovyan', 'ada']"
+    assert "keeps what is no home of a user: archive" in capsys.readouterr().err
 
 
 def test_down_is_no_error_where_no_engine_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

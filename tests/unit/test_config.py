@@ -134,6 +134,13 @@ def test_setting_that_is_missing_is_told(tmp_path: Path) -> None:
         ("HOME_ROOT=/home", "HOME_ROOT is /home, which is the machine's own"),
         ("HOME_ROOT=/home/", "HOME_ROOT is /home/, which is the machine's own"),
         ("HOME_ROOT=/", "HOME_ROOT is '/'"),
+        ("HOME_ROOT=//", "HOME_ROOT is //, which is the machine's own"),
+        ("HOME_ROOT=/opt", "HOME_ROOT is /opt, which is the machine's own"),
+        ("HOME_ROOT=/mnt/.", "HOME_ROOT is /mnt/., which is the machine's own"),
+        ("HOME_ROOT=/homes", "two levels deep or more"),
+        ("HOME_ROOT=/var/lib", "HOME_ROOT is /var/lib, which is the machine's own"),
+        ("HOME_ROOT=/usr/local/homes", "HOME_ROOT is /usr/local/homes, which is the machine's own"),
+        ("HOME_ROOT=/home; WORKER_ADDRS=10.0.0.2; HEAD_ADDR=10.0.0.1; HOME_SERVER=10.0.0.1", "HOME_ROOT is /home"),
         ("HOME_ROOT=/srv/../etc", "HOME_ROOT is '/srv/../etc'"),
         ("HOME_ROOT='/srv/a b'", "HOME_ROOT is '/srv/a b'"),
         ("HOME_STORAGE=cifs", "HOME_STORAGE is 'cifs'; it must be bind, nfs or empty"),
@@ -163,6 +170,16 @@ def test_real_workers_take_their_homes_from_the_head() -> None:
     assert found.worker_addrs == ("10.0.0.2", "10.0.0.3")
     assert not found.simulated
     assert found.home_storage == "nfs"
+
+
+@pytest.mark.parametrize("root", ["/mnt/homes", "/home/cluster", "/var/lib/homes", "/srv/a/b"])
+def test_homes_may_be_in_any_directory_of_their_own(root: str) -> None:
+    assert from_settings(ROOT, {**SETTINGS, "HOME_ROOT": root}).home_root == Path(root)
+
+
+def test_another_server_exports_what_it_likes() -> None:
+    settings = {**SETTINGS, "WORKER_ADDRS": "10.0.0.2", "HOME_SERVER": "nas", "HOME_ROOT": "/export"}
+    assert from_settings(ROOT, settings).home_root == Path("/export")
 
 
 def test_head_can_be_the_only_worker_without_nfs() -> None:

@@ -1,9 +1,14 @@
 """The space of users' images that were removed is freed."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from cfiddle_cluster import container_images
 from cfiddle_cluster.commands import CommandError
+from cfiddle_cluster.errors import ClusterError
+from samples import config
 
 EMPTY = "failed to garbage collect: failed to mark: filesystem: Path not found: /docker/registry/v2/repositories"
 
@@ -37,3 +42,11 @@ def test_other_failure_is_said_and_the_registry_can_be_written_to_again(monkeypa
     with pytest.raises(CommandError, match="no space left"):
         container_images.free_space()
     assert registry.updates == ["--env-add", "--env-rm"]
+
+
+def test_wrong_policy_is_said_and_no_image_travels(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("profilse: {}\n")
+    state: Any = None
+    with pytest.raises(ClusterError, match="profilse") as caught:
+        container_images.share(config(tmp_path), state, [])
+    assert caught.value.remedy.startswith("correct policy.yaml")

@@ -407,7 +407,7 @@ def _releases(
         doctor.images, "built", lambda _config: {name: f"cfiddle-{name}:1" for name in ("base", *found)}
     )
     monkeypatch.setattr(doctor.images, "releases", look)
-    monkeypatch.setattr(doctor, "_image_id", lambda reference: f"sha256:{reference}")
+    monkeypatch.setattr(doctor.engine, "image_id", lambda reference: f"sha256:{reference}")
     return doctor._pythons(patient.config, patient.state, is_running=True), asked
 
 

@@ -1,5 +1,6 @@
 """Home directories: who owns them, who may mount them, and links in their place."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,39 @@ def test_delete_removes_links_and_leaves_what_they_point_to(tmp_path: Path) -> N
     homes.delete_home(config, "ada")
 
 
+def test_purge_deletes_homes_and_nothing_that_is_somebody_else_s(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    (_ensure(config) / "file").write_text("ada's")
+    _ensure(config, "eve")
+    precious = config.home_root / "archive" / "file"
+    precious.parent.mkdir()
+    precious.write_text("kept")
+    (config.home_root / "moved").symlink_to(precious.parent)
+    assert homes.purge(config, ["ada", "eve", "moved", "gone"]) == ["archive", "moved"]
+    assert sorted(os.listdir(config.home_root)) == ["archive", "moved"]
+    assert precious.read_text() == "kept"
+
+
+def test_purge_leaves_no_trace_of_the_usual_directory(tmp_path: Path) -> None:
+    config = _config(tmp_path, HOME_ROOT=str(tmp_path / "cfiddle-cluster" / "home"))
+    _ensure(config)
+    assert homes.purge(config, ["ada"]) == []
+    assert os.listdir(tmp_path) == []
+    assert homes.purge(config, ["ada"]) == [], "and can be done again"
+
+
+def test_purge_empties_a_disk_that_is_mounted_for_the_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        assert path == config.home_root
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    config = _config(tmp_path)
+    _ensure(config)
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    assert homes.purge(config, ["ada"]) == []
+    assert os.listdir(config.home_root) == []
+
+
 def test_simulated_machines_bind_the_directory(tmp_path: Path) -> None:
     config = _config(tmp_path)
     assert homes.volume_options(config) == {"type": "none", "o": "bind", "device": str(tmp_path / "home")}
@@ -123,7 +157,7 @@ def test_server_that_exists_already_is_mounted_and_left_alone(tmp_path: Path) ->
     assert "addr=nas.example.org" in homes.volume_options(config)["o"]
     homes.ensure_homes(config)
     _ensure(config)
-    homes.purge(config)
+    assert homes.purge(config, ["ada"]) == []
     assert not config.home_root.exists()
     with pytest.raises(ClusterError, match=r"nas\.example\.org"):
         homes.delete_home(config, "ada")
@@ -151,7 +185,7 @@ def test_export_is_written_and_withdrawn(tmp_path: Path, monkeypatch: pytest.Mon
     # Somebody else's server is theirs.
     assert homes.SERVER.exists() != is_there
     assert is_there or "vers2=n\nvers3=n" in homes.SERVER.read_text()
-    homes.purge(config)
+    homes.purge(config, [])
     assert not homes.EXPORTS.exists()
     assert not homes.SERVER.exists()
     assert did[2:] == [["exportfs", "-ra"]]

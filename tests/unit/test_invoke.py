@@ -27,6 +27,7 @@ case "$*" in
         cat >"$3/bin/python" <<'INNER'
 #!/bin/bash
 case "$*" in
+    *"# Python"*) cat "${{0%/*}}/../../version" ;;
     *purelib*) echo "$(dirname "$(dirname "$0")")/packages" ;;
     "-m pip "*) [[ ! -e "${{0%/*}}/../../no-index" ]] || {{ echo "no index answers" >&2; exit 1; }} ;;
     *) printf '%s|' "$@"; echo; exit 7 ;;
@@ -44,6 +45,7 @@ class Checkout:
         self.root = root
         (root / "requirements").mkdir(parents=True)
         (root / "src").mkdir()
+        (root / "version").write_text("# Python 3.11\n")
         (root / "requirements/admin.lock").write_text(LOCK)
         shutil.copy(LAUNCHER, root / "invoke")
         self.path = root / "path"
@@ -120,6 +122,17 @@ def test_environment_whose_python_is_gone_is_made_anew(checkout: Checkout) -> No
     checkout.run("up")
     (checkout.root / ".venv/bin/python").unlink()
     assert checkout.run("up")[0] == 7
+
+
+def test_environment_whose_python_is_another_version_is_made_anew(checkout: Checkout) -> None:
+    """After an upgrade of the machine, where `python` is a link to its own."""
+    checkout.python()
+    checkout.run("up")
+    (checkout.root / "version").write_text("# Python 3.13\n")
+    assert checkout.run("up")[0] == 7
+    assert checkout.made == 2
+    checkout.run("up")
+    assert checkout.made == 2
 
 
 def test_two_at_once_make_it_once(checkout: Checkout) -> None:

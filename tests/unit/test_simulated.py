@@ -27,6 +27,7 @@ class FakeContainer:
         mounts = [{"Destination": mount["Target"]} for mount in settings.get("mounts", ())]
         health = {"Health": {"Status": "healthy"}}
         self.attrs: dict[str, Any] = {"HostConfig": {"CpusetCpus": ""}, "Mounts": mounts, "State": health}
+        self.attrs["Config"] = {"Image": settings.get("image")}
         self.commands: list[list[str]] = []
         self._engine = engine
 
@@ -195,6 +196,17 @@ def test_machines_that_are_there_stay_as_they_are(engine: FakeEngine, state: Sta
     before = list(engine.machines)
     _ensure(state, "c1", "c2")
     assert engine.machines == before
+
+
+def test_machine_of_an_earlier_image_goes_on_and_that_is_said(engine: FakeEngine, state: State) -> None:
+    said: list[str] = []
+    _ensure(state, "c1", "c2")
+    before = list(engine.machines)
+    simulated.ensure_machines(config(state.directory), state, ["c1", "c2", "c3"], "cfiddle-machine:2", said.append)
+    assert engine.machines[:2] == before
+    assert said == ["c1, c2: of an earlier image; ./invoke down, then ./invoke up, makes them anew"]
+    simulated.ensure_machines(config(state.directory), state, ["c3"], "cfiddle-machine:2", said.append)
+    assert len(said) == 1
 
 
 def test_stopped_machine_is_started_and_not_made_anew(engine: FakeEngine, state: State) -> None:

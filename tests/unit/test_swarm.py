@@ -13,6 +13,8 @@ from cfiddle_cluster.state import State
 from samples import config, machine
 
 TOKEN = "SWMTKN-1-secret"
+NUMBERS = {"head.lab": "10.0.0.1", "addr-lab": "10.0.0.7", "self": "127.0.1.1"}
+"""What names stand for."""
 
 
 class Member:
@@ -129,6 +131,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr(swarm.engine, "client", lambda: fake)
     monkeypatch.setattr(swarm, "JOIN_TIMEOUT_S", 1)
+    monkeypatch.setattr(swarm, "resolved", lambda addr: NUMBERS.get(addr, addr))
     return fake
 
 
@@ -155,6 +158,22 @@ def test_swarm_is_made_at_the_head_s_address_and_remembered(engine: FakeEngine, 
     assert engine.left
     assert engine.bridges == []
     assert not state.path(swarm.MADE_BY_US).exists()
+
+
+def test_swarm_of_a_head_that_has_a_name_is_made_at_its_address(engine: FakeEngine, state: State) -> None:
+    engine.leave(force=False)
+    swarm.ensure_swarm(config(state.directory, HEAD_ADDR="head.lab"), state)
+    assert engine.addresses["advertise_addr"] == "10.0.0.1"
+
+
+def test_name_that_only_this_machine_reaches_itself_by_is_refused(engine: FakeEngine, state: State) -> None:
+    """Debian has its own name at 127.0.1.1 in /etc/hosts."""
+    engine.leave(force=False)
+    with pytest.raises(ClusterError, match=r"HEAD_ADDR is self, which is 127\.0\.1\.1 on this machine"):
+        swarm.ensure_swarm(config(state.directory, HEAD_ADDR="self"), state)
+    assert not engine.is_manager
+    swarm.ensure_swarm(config(state.directory, HEAD_ADDR="127.0.0.1"), state)
+    assert engine.is_manager
 
 
 @pytest.mark.parametrize("patience", [1, 12])
@@ -261,6 +280,13 @@ def test_machines_join_with_a_token_that_is_worth_nothing_afterwards(
             "JoinToken": TOKEN,
         }
     assert engine.rotated == ["default"]
+
+
+def test_machines_that_have_names_join_by_their_addresses(engine: FakeEngine, state: State) -> None:
+    member = Member(engine, "lab")
+    _join(config(state.directory, HEAD_ADDR="head.lab"), state, member)
+    ((_path, body),) = member.did
+    assert (body["AdvertiseAddr"], body["RemoteAddrs"]) == ("10.0.0.7", ["10.0.0.1:2377"])
 
 
 def test_member_joins_no_second_time_and_no_token_is_rotated(
@@ -381,8 +407,9 @@ def test_former_self_of_a_machine_is_forgotten_and_a_lost_machine_is_not(
 
 def test_machine_that_does_not_become_ready_is_named(engine: FakeEngine, settings: Config, state: State) -> None:
     engine.add_node("c1", "node-c1", "down")
-    with pytest.raises(ClusterError, match="c1 to be ready in the swarm") as caught:
-        _join(settings, state, Member(engine, "c1", node="node-c1"))
+    engine.add_node("c2", "node-c2")
+    with pytest.raises(ClusterError, match=": c1 to be ready in the swarm") as caught:
+        _join(settings, state, Member(engine, "c2", node="node-c2"), Member(engine, "c1", node="node-c1"))
     assert "2377, 7946 and 4789" in caught.value.remedy
 
 

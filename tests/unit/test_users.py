@@ -65,7 +65,7 @@ def state(tmp_path: Path) -> Any:
 CONFIG: Any = None
 
 
-def _import(state: Any, tmp_path: Path, text: str) -> list[users.User]:
+def _import(state: Any, tmp_path: Path, text: str) -> tuple[list[users.User], list[users.User]]:
     file = tmp_path / "class.csv"
     file.write_text(text)
     return users.import_users(CONFIG, state, file)
@@ -79,8 +79,9 @@ def test_first_users_have_their_fixed_ids(state: Any) -> None:
     ]
 
 
-def test_ensure_users_makes_homes_accounts_and_associations(state: Any, did: list[Any]) -> None:
-    users.ensure_users(CONFIG, state)
+def test_list_is_followed_by_homes_accounts_and_associations(state: Any, did: list[Any]) -> None:
+    users.ensure_accounts(CONFIG, state)
+    users.ensure_associations(state)
     assert did == [
         ("home", "jovyan", 1000, 100),
         ("home", "test_user1", 2001, 2001),
@@ -89,7 +90,7 @@ def test_ensure_users_makes_homes_accounts_and_associations(state: Any, did: lis
         ("ensure users", ["probe", "jovyan", "test_user1", "test_user2"]),
     ]
     before = state.path("users.json").read_text()
-    users.ensure_users(CONFIG, state)
+    users.ensure_accounts(CONFIG, state)
     assert state.path("users.json").read_text() == before
 
 
@@ -168,13 +169,51 @@ def test_name_that_cannot_be_is_refused_with_its_reason(state: Any, did: list[An
 
 
 def test_import_adds_everyone_with_given_and_chosen_uids(state: Any, did: list[Any], tmp_path: Path) -> None:
-    added = _import(state, tmp_path, "\ufeffname, uid\nada,\ngrace, 2003\n\nkatherine,5000\n")
+    added, there = _import(state, tmp_path, "\ufeffname, uid\nada,\ngrace, 2003\n\nkatherine,5000\n")
+    assert there == []
     assert {user.name: user.uid for user in added} == {"ada": 2004, "grace": 2003, "katherine": 5000}
     assert did.count(("ensure users", ["ada", "grace", "katherine"])) == 1
 
 
 def test_import_without_uids(state: Any, did: list[Any], tmp_path: Path) -> None:
-    assert [user.uid for user in _import(state, tmp_path, "name\nada\ngrace\n")] == [2003, 2004]
+    assert [user.uid for user in _import(state, tmp_path, "name\nada\ngrace\n")[0]] == [2003, 2004]
+    assert did
+
+
+def test_import_is_done_again_with_latecomers(state: Any, did: list[Any], tmp_path: Path) -> None:
+    """Also one that was interrupted, so that who is in the list may lack what else a user has."""
+    before, _ = _import(state, tmp_path, "name,uid\nada,\ngrace,3000\n")
+    did.clear()
+    added, there = _import(state, tmp_path, "name,uid\nkatherine,\nada,\ngrace,3000\ntest_user1,2001\n")
+    assert [(user.name, user.uid) for user in added] == [("katherine", 2004)]
+    assert there == [*before, users.User("test_user1", 2001, 2001, "/home/test_user1")]
+    names = ["katherine", "ada", "grace", "test_user1"]
+    assert [name for act, name, *_ in did if act == "home"] == names
+    assert ("ensure users", names) in did
+    assert ("fill", names) in did
+    text = state.path("users.json").read_text()
+    assert _import(state, tmp_path, "name\nada\n") == ([], before[:1])
+    assert state.path("users.json").read_text() == text
+
+
+def test_import_that_gives_a_user_of_the_list_another_uid_changes_nothing(
+    state: Any, did: list[Any], tmp_path: Path
+) -> None:
+    _import(state, tmp_path, "name\nada\n")
+    text = state.path("users.json").read_text()
+    did.clear()
+    with pytest.raises(ClusterError, match="line 3: the user 'ada' exists already, with the uid 2003"):
+        _import(state, tmp_path, "name,uid\ngrace,\nada,2004\n")
+    assert state.path("users.json").read_text() == text
+    assert not did
+
+
+def test_homes_are_of_all_who_ever_were_users(state: Any, did: list[Any]) -> None:
+    assert users.with_homes(state) == []
+    users.add(CONFIG, state, "ada")
+    users.add(CONFIG, state, "eve")
+    users.remove(CONFIG, state, "ada")
+    assert users.with_homes(state) == ["jovyan", "test_user1", "test_user2", "eve", "ada"]
     assert did
 
 
@@ -182,7 +221,8 @@ def test_import_without_uids(state: Any, did: list[Any], tmp_path: Path) -> None
     ("text", "reasons"),
     [
         ("name\nada\nada\n", ["line 3", "twice"]),
-        ("name\n-rf\ngood\njovyan\n", ["line 2", "no name for a user", "line 4", "exists already"]),
+        ("name,uid\n-rf,\ngood,\njovyan,1001\n", ["line 2", "no name for a user", "line 4", "exists already"]),
+        ("name\njovyan\njovyan\n", ["line 3", "twice"]),
         ("name,uid\nada,2001\n", ["2001", "test_user1"]),
         ("name,uid\nada,2000\n", ["2000", "probe"]),
         ("name,uid\nada,0\n", ["between 1000"]),
@@ -229,14 +269,15 @@ def test_uid_of_someone_removed_is_nobody_else_s(state: Any, did: list[Any], tmp
         _import(state, tmp_path, f"name,uid\neve,{uid}\n")
     with pytest.raises(ClusterError, match="had the uid"):
         _import(state, tmp_path, "name,uid\nada,4000\n")
-    assert _import(state, tmp_path, f"name,uid\nada,{uid}\n")[0].uid == uid
+    assert _import(state, tmp_path, f"name,uid\nada,{uid}\n")[0][0].uid == uid
     assert did
 
 
 @given(st.lists(st.from_regex(r"[a-z][a-z0-9_-]{0,5}", fullmatch=True), unique=True, max_size=20))
 def test_no_two_users_ever_share_a_uid(names: list[str]) -> None:
     known = {"users": {"jovyan": 1000, "test_user1": 2001, "test_user2": 2002}, "former": {"zoe": 2003}}
-    wanted = [("", name, None) for name in names if not users._fault(name, None, known["users"], {}, {}, {})]
+    fault = users._fault
+    wanted = [("", name, None) for name in names if name != "jovyan" and not fault(name, None, {}, {}, {}, {})]
     chosen = users._choose_uids(known, wanted)
     uids = [*known["users"].values(), users.PROBE.uid, *(uid for name, uid in chosen.items())]
     assert len(uids) == len(set(uids))

@@ -6,7 +6,7 @@ import pytest
 
 from cfiddle_cluster import wait
 from cfiddle_cluster.errors import ClusterError
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import wait_until, wait_until_none
 
 
 def test_value_is_returned_as_soon_as_it_is_true() -> None:
@@ -20,6 +20,14 @@ def test_deadline_is_kept_and_names_what_was_waited_for() -> None:
         wait_until(lambda: False, timeout_s=0.3, interval_s=0.01, what="the engine to start", remedy="look")
     assert 0.3 <= time.monotonic() - began < 2
     assert caught.value.remedy == "look"
+
+
+def test_who_is_left_at_the_deadline_is_named() -> None:
+    answers = iter([["c1", "c2", "c3"], ["c1", "c3"]])
+    with pytest.raises(ClusterError, match=r"in vain: c1, c3 to answer\n→ look"):
+        wait_until_none(lambda: next(answers), timeout_s=0.1, what="{} to answer", remedy="look")
+    answers = iter([["c1"], []])
+    wait_until_none(lambda: next(answers), timeout_s=5, what="{} to answer")
 
 
 def test_predicate_is_asked_when_there_is_no_time_at_all() -> None:
