@@ -16,6 +16,7 @@ ATTACKS = (
     "test_other_users.py",
     "test_output_files.py",
     "test_containers.py",
+    "test_homes.py::test_user_has_no_port_that_servers_trust",
 )
 """Those of tests/attacks in which the kernel is what holds the enemy, and no speed is judged."""
 
