@@ -111,7 +111,13 @@ class Containers:
         self._home_options = home_options
         self._network = network
         self._own_image = own_image
-        self._user_images = UserImages(engine, registry, per_user=policy.images_per_user, most_mb=policy.images_mb)
+        self._user_images = UserImages(
+            engine,
+            registry,
+            per_user=policy.images_per_user,
+            most_mb=policy.images_mb,
+            bases=policy.images.values(),
+        )
         self._changed = threading.Condition()
         self._busy: set[str] = set()
         self._held: dict[str, _Held] = {}  # by the engine's name
@@ -167,7 +173,7 @@ class Containers:
             raise Refused("name", f"there is an image {image} already; names of images are distinct")
         owner = int(found["Config"]["Labels"][UID_LABEL])
         self._check_disk(owner)
-        self._user_images.commit(str(found["Id"]), owner, image, bases=self._policy.images.values())
+        self._user_images.commit(str(found["Id"]), owner, image)
 
     def fetch(self, uid: int, image: str) -> None:
         """Have a user's image on this machine; while something is measured it is left until a container needs it."""
