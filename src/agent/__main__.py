@@ -75,6 +75,8 @@ def ask(path: Path, kind: str, *, last: str) -> list[dict[str, Any]]:
 
 def serve(options: argparse.Namespace) -> NoReturn:
     """Sweep what an earlier agent left, then serve until a signal; leave no sandbox behind."""
+    import resource
+
     from agent import duty
     from agent.engine import Engine, EngineError
     from agent.grants import Grants
@@ -83,6 +85,9 @@ def serve(options: argparse.Namespace) -> NoReturn:
     from agent.sandboxes import Sandboxes
     from agent.server import Server
 
+    # Users' connections, and what comes with these, may be more than the thousand that an engine gives by itself.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
@@ -139,7 +144,7 @@ def open_containers(
         own_image=own_image,
         registry=user_images.registry_of(os.environ),
     )
-    Door(containers, address=own.address()).open()
+    Door(containers, quiet, address=own.address()).open()
     return containers
 
 

@@ -11,9 +11,35 @@ from agent.wire import Refused, shown
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _ENGINE_NAME = re.compile(r"u[0-9]{1,10}\.[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _MOST_CELLS = 2**15
+_MOST_WORDS = 2**14
+_EVERY_FIELD = {"v", "type", "node", "nonce", "reply"}
+_FIELDS: dict[str, set[str]] = {
+    "amiss": set(),
+    "commit": {"name", "image"},
+    "create": {"name", "user", "image"},
+    "delete": {"name"},
+    "exec": {"name", "argv", "terminal", "rows", "columns"},
+    "fetch": {"image"},
+    "forget": {"image"},
+    "gpus": set(),
+    "images": set(),
+    "inspect": {"name"},
+    "list": set(),
+    "outcome": {"job", "wait_s"},
+    "stop": {"name"},
+    "types": set(),
+}
 _HOLD_FIELDS = {"v", "type", "job", "user", "name", "image", "ports", "again"}
 
 Value = TypeVar("Value")
+
+
+def known(message: dict[str, Any]) -> dict[str, Any]:
+    """Return what a request over the network says that means something: the rest takes memory while it is served."""
+    kind = message.get("type")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        raise Refused("field", f"type is none of {', '.join(_FIELDS)}")
+    return {name: value for name, value in message.items() if name in _EVERY_FIELD | _FIELDS[kind]}
 
 
 def field(request: dict[str, Any], name: str, kind: type[Value]) -> Value:
@@ -30,6 +56,16 @@ def name_of(request: dict[str, Any], *, administrator: bool) -> str:
     if not (_ENGINE_NAME if administrator else _NAME).fullmatch(name):
         raise Refused("name", f"{shown(name)} is no container's name")
     return name
+
+
+def argv_of(request: dict[str, Any]) -> list[str]:
+    """Return the words of a command in a request."""
+    argv = field(request, "argv", list)
+    if not argv or not all(isinstance(word, str) and "\0" not in word for word in argv):
+        raise Refused("field", "argv is not a list of words")
+    if len(argv) > _MOST_WORDS:
+        raise Refused("field", f"argv has {len(argv)} words, more than {_MOST_WORDS}")
+    return argv
 
 
 def size_of(request: dict[str, Any]) -> tuple[int, int] | None:

@@ -111,7 +111,13 @@ class Containers:
         self._home_options = home_options
         self._network = network
         self._own_image = own_image
-        self._user_images = UserImages(engine, registry, per_user=policy.images_per_user, most_mb=policy.images_mb)
+        self._user_images = UserImages(
+            engine,
+            registry,
+            per_user=policy.images_per_user,
+            most_mb=policy.images_mb,
+            bases=policy.images.values(),
+        )
         self._changed = threading.Condition()
         self._busy: set[str] = set()
         self._held: dict[str, _Held] = {}  # by the engine's name
@@ -167,7 +173,7 @@ class Containers:
             raise Refused("name", f"there is an image {image} already; names of images are distinct")
         owner = int(found["Config"]["Labels"][UID_LABEL])
         self._check_disk(owner)
-        self._user_images.commit(str(found["Id"]), owner, image, bases=self._policy.images.values())
+        self._user_images.commit(str(found["Id"]), owner, image)
 
     def fetch(self, uid: int, image: str) -> None:
         """Have a user's image on this machine; while something is measured it is left until a container needs it."""
@@ -578,14 +584,15 @@ class Containers:
         self._engine.stop(container["Id"], grace_s=_GRACE_S)
 
     def _watch_disk(self) -> None:
-        """Stop the containers of users who have written more than they may; while something is measured, none runs.
+        """Stop the containers of users who have written more than they may; an experiment's machine has none that run.
 
-        The engine adds that up file by file, so it is asked now and then; and at once when the disk has got fuller by a
-        good part of what one user may write.
+        A job of `shared` that holds no container counts as a measurement, and may be there beside them. The engine adds
+        up file by file, so it is asked now and then; and at once when the disk has got fuller by a good part of what
+        one user may write.
         """
         while True:
             free_mb = _free_mb()
-            if self._quiet.lasted_s() is not None:
+            if self._held or self._quiet.lasted_s() is not None:
                 self._look_at_disk()
             again, least_mb = time.monotonic() + _DISK_LOOK_S, free_mb - self._policy.disk_mb / _DISK_PART
             time.sleep(_DISK_GLANCE_S)

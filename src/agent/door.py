@@ -15,12 +15,13 @@ import time
 from typing import Any
 
 from agent import duty, letters
-from agent.container_request import field, name_of, size_of
+from agent.container_request import argv_of, field, known, name_of, size_of
 from agent.containers import Containers
 from agent.engine import Command, EngineError
 from agent.letters import LetterError
 from agent.munge import MungeError
-from agent.wire import Refused
+from agent.quiet import Quiet
+from agent.wire import Refused, shown
 
 _STRANGERS = 128
 """So many may be there who have not said yet who they are; the next one takes the place of the oldest."""
@@ -29,6 +30,7 @@ _CONNECTIONS_PER_USER = 128
 _PATIENCE_S = 10.0
 _IDLE_S = 300.0
 _MOST_WAIT_S = 60.0
+_IDLE_FOR_THE_ENGINE = ("outcome", "types")
 _PIECE = 65536
 _PAUSE_S = 0.1
 
@@ -38,8 +40,9 @@ log = logging.getLogger("agent")
 class Door:
     """Listens on the network that the users' node and the workers share."""
 
-    def __init__(self, containers: Containers, *, address: str, port: int = letters.PORT) -> None:
+    def __init__(self, containers: Containers, quiet: Quiet, *, address: str, port: int = letters.PORT) -> None:
         self._containers = containers
+        self._quiet = quiet
         self._node = os.uname().nodename
         self._guests: dict[socket.socket, int | None] = {}  # the oldest first; with their uids as far as they are known
         self._lock = threading.Lock()
@@ -107,17 +110,25 @@ class Door:
         request, uid = letters.unseal(letters.receive(connection))
         if request.get("nonce") != nonce or request.get("node") != self._node:
             raise LetterError(f"user {uid} sent a request that was not made for this connection")
+        reply = request.get("reply")
+        if not isinstance(reply, str):
+            raise LetterError(f"user {uid} sent a request that does not say what its answer is to be known by")
         upcoming = letters.nonce()
         command: Command | None = None
         try:
             if request.get("v") != letters.VERSION:
-                raise Refused("version", f"version {request.get('v')!r} is not spoken here; known: {letters.VERSION}")
+                raise Refused(
+                    "version", f"version {shown(request.get('v'))} is not spoken here; known: {letters.VERSION}"
+                )
             self._recognise(connection, uid)
+            request = known(request)
+            if request["type"] not in _IDLE_FOR_THE_ENGINE:
+                self._quiet.give_way(uid)
             answer, command = self._do(uid, request)
         except (Refused, EngineError) as error:
             code = error.code if isinstance(error, Refused) else "engine"
             answer = {"type": "refused", "code": code, "message": str(error)}
-        answer |= {"reply": request.get("reply"), "node": self._node, "nonce": upcoming}
+        answer |= {"reply": reply, "node": self._node, "nonce": upcoming}
         if command is None:
             letters.send(connection, letters.seal(answer, reader=uid))
             return upcoming
@@ -132,7 +143,7 @@ class Door:
         return ""
 
     def _do(self, uid: int, request: dict[str, Any]) -> tuple[dict[str, Any], Command | None]:
-        containers, kind = self._containers, request.get("type")
+        containers, kind = self._containers, request["type"]
         if kind == "list":
             return {"type": "containers", "containers": containers.listed(uid)}, None
         if kind == "images":
@@ -171,18 +182,12 @@ class Door:
             containers.delete(uid, name)
             return {"type": "deleted"}, None
         if kind == "exec":
-            argv, terminal = field(request, "argv", list), field(request, "terminal", bool)
-            if not argv or not all(isinstance(word, str) and "\0" not in word for word in argv):
-                raise Refused("field", "argv is not a list of words")
+            argv, terminal = argv_of(request), field(request, "terminal", bool)
             mark = str(request["nonce"])
             return {"type": "runs"}, containers.execute(
                 uid, name, argv, terminal=terminal, size=size_of(request), mark=mark
             )
-        raise Refused(
-            "field",
-            "type is none of amiss, commit, create, delete, exec, fetch, forget, gpus, images, inspect, list, outcome, "
-            "stop, types",
-        )
+        raise AssertionError(f"{kind} is served")
 
     def _relay(self, connection: socket.socket, command: Command) -> bool:
         """Pass bytes to and fro until the command ends; return False if the caller went away before."""
@@ -215,15 +220,18 @@ class Door:
                     with contextlib.suppress(OSError):
                         command.stream.shutdown(socket.SHUT_WR)
                 elif kind == letters.SIZE:
-                    size = letters.parse(content)
-                    with contextlib.suppress(EngineError):  # the command may have ended; its end is still to be told
-                        command.resize(rows=field(size, "rows", int), columns=field(size, "columns", int))
+                    _resize(command, letters.parse(content))
                 else:
                     raise LetterError("an unknown piece came")
         except (EOFError, OSError, LetterError, Refused, EngineError):
             gone.set()
             with contextlib.suppress(OSError):
                 command.stream.shutdown(socket.SHUT_RDWR)
+
+
+def _resize(command: Command, size: dict[str, Any]) -> None:
+    with contextlib.suppress(EngineError):  # the command may have ended; its end is still to be told
+        command.resize(rows=field(size, "rows", int), columns=field(size, "columns", int))
 
 
 def _output(command: Command) -> bytes:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from agent import wire
 from agent.grants import Grant, Grants
 
+_PACE_S = 0.5
+_AT_ONCE = 4
+
 
 class Quiet:
     """What is known of the measurements on this machine; its methods may be called from any thread."""
@@ -24,6 +27,7 @@ class Quiet:
         self._serving = 0
         self._leases: dict[int, Grant] = {}
         self._since: float | None = None
+        self._turns: dict[int, float] = {}
         self.on_change: Callable[[], None] = lambda: None
         """Called when a call has begun or ended; what else changes has to be looked for."""
 
@@ -37,6 +41,20 @@ class Quiet:
             now = time.monotonic()
             self._since = now if self._since is None else self._since
             return now - self._since
+
+    def give_way(self, uid: int) -> None:
+        """While something is measured, have a user wait who asks the engine for one thing after the other.
+
+        A few things are done at once, as a command asks for them; then two a second. Each user has a pace of their own:
+        who asks for more than that delays nobody else.
+        """
+        if self.lasted_s() is not None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            turn = max(self._turns.get(uid, 0.0), now - (_AT_ONCE - 1) * _PACE_S)
+            self._turns[uid] = turn + _PACE_S
+        time.sleep(max(0.0, turn - now))
 
     @contextlib.contextmanager
     def broken(self) -> Iterator[None]:

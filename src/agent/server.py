@@ -31,6 +31,7 @@ from agent.usage import Reading
 _REQUEST_S = 5.0
 _LOOK_S = 0.5
 _CONNECTIONS_PER_USER = 64
+_PAUSE_S = 0.1
 
 log = logging.getLogger("agent")
 
@@ -78,14 +79,27 @@ class Server:
     def run(self) -> None:
         """Accept connections for ever, each in a thread of its own."""
         while True:
-            connection, _ = self._listener.accept()
-            uid = _peer_uid(connection)
-            with self._lock:
-                if self._connections[uid] >= _CONNECTIONS_PER_USER:
-                    connection.close()
-                    continue
-                self._connections[uid] += 1
+            try:
+                connection, _ = self._listener.accept()
+                self._let_in(connection)
+            except (OSError, RuntimeError) as error:  # no descriptor or no thread is to be had just now
+                log.warning("nobody can be let in: %s", error)
+                time.sleep(_PAUSE_S)
+
+    def _let_in(self, connection: socket.socket) -> None:
+        uid = _peer_uid(connection)
+        with self._lock:
+            if self._connections[uid] >= _CONNECTIONS_PER_USER:
+                connection.close()
+                return
+            self._connections[uid] += 1
+        try:
             threading.Thread(target=self._serve, args=(connection, uid), daemon=True).start()
+        except RuntimeError:
+            connection.close()
+            with self._lock:
+                self._connections[uid] -= 1
+            raise
 
     def close(self) -> None:
         """End all calls and remove their sandboxes."""
@@ -332,9 +346,12 @@ def check_descriptors(descriptors: list[int]) -> None:
 
 def _is_unix_stream(descriptor: int) -> bool:
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as found:
+        found = socket.socket(fileno=descriptor)  # it owns the descriptor only if this succeeds
+        try:
             found.getpeername()
             return found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM
+        finally:
+            found.detach()
     except OSError:
         return False
 

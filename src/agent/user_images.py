@@ -10,7 +10,8 @@ import contextlib
 import http.client
 import re
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ _MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",
 )
 _TIMEOUT_S = 30.0
+_TURN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,24 @@ class Reference(NamedTuple):
 class UserImages:
     """The users' images on this machine and in the registry; its methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, registry: Registry | None, *, per_user: int, most_mb: int) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry | None, *, per_user: int, most_mb: int, bases: Iterable[str]
+    ) -> None:
         """Remember where they are.
 
         Args:
             registry: None where users can commit nothing.
-            per_user: how many each may have.
-            most_mb: what those of one user may add to what they are made of.
+            per_user: how many of one user a machine may have.
+            most_mb: what these may add there to what they are made of.
+            bases: the administrator's images, which are nobody's share.
         """
         self._engine = engine
         self._registry = registry
         self._per_user = per_user
         self._most_mb = most_mb
+        self._bases = tuple(bases)
+        self._changed = threading.Condition()
+        self._busy: set[int] = set()
 
     def listed(self, uid: int) -> list[dict[str, Any]]:
         """Return the user's images on this machine, by name; root gets everybody's."""
@@ -122,48 +130,54 @@ class UserImages:
             if name.startswith(prefix)
         ]
 
-    def commit(self, container: str, uid: int, name: str, *, bases: Iterable[str]) -> None:
+    def commit(self, container: str, uid: int, name: str) -> None:
         """Make an image of a container, and push it to the registry.
 
         Args:
             container: the engine's id.
             uid: of its owner.
             name: what the owner is to call it.
-            bases: the administrator's images, which are nobody's share.
 
         Raises:
             Refused: the name is illegal or taken, the share used up, or the registry does not answer.
             EngineError: the image cannot be made or pushed; then there is none.
         """
         registry, image = self._of_registry(), _parsed(uid, name)
-        if registry.digest(image.repository, image.tag):
-            raise Refused("name", f"there is an image {image.name} already; names of images are distinct")
-        if len(self.listed(uid)) >= self._per_user:
-            raise Refused("share", f"{self._per_user} images of yours are here, the most there may be")
         repository = f"{registry.address}/{image.repository}"
-        self._engine.commit(container, repository, image.tag, {})
-        try:
-            self._check_share(uid, bases)
-            self._engine.push(repository, image.tag, registry.account)
-        except BaseException:
-            self._engine.remove_image(f"{repository}:{image.tag}")
-            raise
+        with self._turn(uid):
+            if registry.digest(image.repository, image.tag):
+                raise Refused("name", f"there is an image {image.name} already; names of images are distinct")
+            with self._one_more(uid, f"{repository}:{image.tag}"):
+                self._engine.commit(container, repository, image.tag, {})
+                self._check_share(uid)
+                try:
+                    self._engine.push(repository, image.tag, registry.account)
+                except EngineError as error:
+                    said = f"the users' registry does not take it, as where its disk is nearly full: {error}"
+                    raise EngineError(error.status, said) from error
 
     def ensure(self, uid: int, name: str) -> str:
-        """Return what the engine knows a user's image by, and pull it if it is not here; Refused if there is none."""
+        """Return what the engine knows a user's image by, and pull it if it is not here.
+
+        Raises:
+            Refused: there is none, or it is more than may be here of its owner's.
+        """
         if self._registry is None or not _NAME.fullmatch(name):
             raise Refused("image", f"there is no image {shown(name)}")
         image = _parsed(uid, name)
         repository = f"{self._registry.address}/{image.repository}"
-        try:
-            self._engine.image(f"{repository}:{image.tag}")
-        except EngineError as error:
-            if error.status != 404:
-                raise
+        reference = f"{repository}:{image.tag}"
+        if self._is_here(reference):
+            return reference
+        with self._turn(image.uid):
+            if self._is_here(reference):  # by now
+                return reference
             if not self._registry.digest(image.repository, image.tag):
-                raise Refused("image", f"there is no image {image.name}") from error
-            self._engine.pull(repository, image.tag, self._registry.account)
-        return f"{repository}:{image.tag}"
+                raise Refused("image", f"there is no image {image.name}")
+            with self._one_more(image.uid, reference):
+                self._engine.pull(repository, image.tag, self._registry.account)
+                self._check_share(image.uid)
+        return reference
 
     def forget(self, uid: int, name: str) -> None:
         """Remove a user's image from this machine and from the registry; one that is gone is as it should be.
@@ -176,9 +190,47 @@ class UserImages:
         if digest := registry.digest(image.repository, image.tag):
             registry.delete(image.repository, digest)
 
-    def _check_share(self, uid: int, bases: Iterable[str]) -> None:
+    @contextlib.contextmanager
+    def _turn(self, uid: int) -> Iterator[None]:
+        """Let the images of one user become more one by one: each is checked against all that are here."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: uid not in self._busy, _TURN_S):
+                raise Refused(
+                    "busy", "another image of yours is being made or fetched on this machine; try again later"
+                )
+            self._busy.add(uid)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.remove(uid)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _one_more(self, uid: int, reference: str) -> Iterator[None]:
+        """Refuse one too many; where what makes it fails, it is gone."""
+        if len(self.listed(uid)) >= self._per_user:
+            raise Refused(
+                "share", f"{self._per_user} images of yours are here, the most there may be; remove one: ddocker rmi"
+            )
+        try:
+            yield
+        except BaseException:
+            self._engine.remove_image(reference)
+            raise
+
+    def _is_here(self, reference: str) -> bool:
+        try:
+            self._engine.image(reference)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            return False
+        return True
+
+    def _check_share(self, uid: int) -> None:
         own = self._inspected(image["id"] for image in self.listed(uid))
-        added_mb = added_bytes(own, self._inspected(bases)) / 2**20
+        added_mb = added_bytes(own, self._inspected(self._bases)) / 2**20
         if added_mb > self._most_mb:
             raise Refused(
                 "share",

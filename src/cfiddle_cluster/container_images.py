@@ -18,6 +18,8 @@ SERVICE = "user-registry"
 
 _READ_ONLY = "REGISTRY_STORAGE_MAINTENANCE_READONLY"
 _COLLECT = ["docker-registry", "garbage-collect", "--delete-untagged", "/etc/docker-registry/config.yml"]
+# What uploads have left that came to no end.
+_CLEAR = ["find", "/var/lib/registry", "-type", "d", "-name", "_uploads", "-prune", "-exec", "rm", "-r", "{}", "+"]
 # What that says of a registry that nobody has pushed to.
 _NEVER_USED = "Path not found: /docker/registry/v2/repositories"
 _RESTART_TIMEOUT_S = 180
@@ -68,7 +70,9 @@ def free_space() -> str:
         found = container(SERVICE)
         if found is None:
             raise ClusterError("the registry of users' images did not come back read-only", "./invoke status")
-        return run([docker_cli(), "exec", str(found.id), *_COLLECT], timeout_s=_COLLECT_TIMEOUT_S)
+        inside = [docker_cli(), "exec", str(found.id)]
+        run([*inside, *_CLEAR], timeout_s=_COLLECT_TIMEOUT_S)
+        return run([*inside, *_COLLECT], timeout_s=_COLLECT_TIMEOUT_S)
     except CommandError as error:
         if _NEVER_USED in error.output:
             return "no image was ever committed"

@@ -559,6 +559,64 @@ with ThreadPoolExecutor(12) as pool:
     assert cluster.user(["cm", "create", "1"], VICTIM).ok().startswith("created 1 containers\n")
 
 
+@pytest.mark.timeout(400)
+def test_share_of_images_is_one_user_s_own(cluster: LiveCluster, thief: Callable[..., Result]) -> None:
+    assert thief("true").ok()
+    [mine] = cluster.containers(THIEF)
+    program = f"""
+from concurrent.futures import ThreadPoolExecutor
+images = [f"n{{number}}" for number in range(20)]
+def commit(image):
+    connection, greeting = come({mine.worker!r})
+    connection.settimeout(300)
+    letters.send(connection, sealed(greeting, type="commit", name={NAME!r}, image=image))
+    return word(answer(connection))
+try:
+    with ThreadPoolExecutor(20) as pool:
+        print(list(pool.map(commit, images)).count("committed"))
+finally:
+    for image in images:
+        ask({mine.worker!r}, type="forget", image=image)
+"""
+    assert 0 < int(cluster.python(RAW + program, THIEF, timeout_s=360).ok()) <= 16
+
+
+def test_requests_that_say_much_besides_take_no_memory(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    program = f"""
+held = []
+for _ in range(40):
+    connection, greeting = come({worker!r})
+    letters.send(connection, sealed(greeting, type="outcome", job=1, wait_s=60.0, more=[{{}}] * 150000))
+    held.append(connection)
+print("sent", flush=True)
+time.sleep(50)
+"""
+    flood = cluster.background(["python3", "-c", RAW + program], THIEF)
+    try:
+        flood.wait_for_line("sent", timeout_s=40)
+        of_each = cluster.in_service("agent", "grep -h VmRSS /proc/[0-9]*/status", worker).ok()
+        assert max(int(size) // 1024 for size in re.findall(r"[0-9]+", of_each)) < 300
+    finally:
+        flood.end()
+
+
+def test_loop_of_requests_gives_way_to_a_measurement(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    cluster.wait_until_runs(cluster.sbatch("sleep 600", VICTIM, "-w", worker))
+    program = f"""
+began = time.monotonic()
+told = {{word(ask({worker!r}, type="list")) for _ in range(24)}}
+print(told == {{"containers"}}, time.monotonic() - began)
+"""
+    answered, seconds = cluster.python(RAW + program, THIEF).ok().split()
+    assert answered == "True"
+    assert float(seconds) > 9
+    listed = cluster.user(["cm", "list"], VICTIM)
+    assert listed.ok() == "There are 0 containers:\n"
+    assert listed.seconds < 5
+
+
 @pytest.mark.parametrize("wanted", ["CPUs", "memory"])
 def test_flood_of_jobs_leaves_room_for_another_s_container(cluster: LiveCluster, wanted: str) -> None:
     of_node_mb = int(cluster.slurm("sinfo -h -p shared -o %m").split()[0])

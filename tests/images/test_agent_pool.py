@@ -308,7 +308,10 @@ def test_an_agent_told_to_end_while_it_makes_some_leaves_nothing(worker: Worker)
 
 
 def test_an_agent_that_fails_ends_with_1_and_leaves_nothing(worker: Worker) -> None:
+    worker.grant(7, f"{USER}\n")
     worker.python(CONTAINER)
+    worker.revoke(7)
+    half_made(worker)
     run([docker_cli(), "kill", "--signal", duty.FAILED.name, worker.agent.name], timeout_s=30)
     assert run([docker_cli(), "wait", worker.agent.name], timeout_s=30) == "1\n"
     assert worker.sandboxes() == []

@@ -27,7 +27,7 @@ node_clocks.time = types.SimpleNamespace(time=lambda: time.time() + float(sys.ar
 node_clocks.main()
 """
 """As slurmctld's container does it, where this machine's clock is so much ahead."""
-DOOR = 'from agent.door import Door; import signal; Door(None, address="0.0.0.0").open(); signal.pause()'
+DOOR = 'from agent.door import Door; import signal; Door(None, None, address="0.0.0.0").open(); signal.pause()'
 ACCOUNTS = "ada:x:2001:2001::/:/bin/sh\nben:x:2002:2002::/:/bin/sh\n"
 
 Secret = Callable[[str, str], Path]

@@ -123,6 +123,20 @@ def test_plain_http_is_refused(place: Place) -> None:
     assert connection.getresponse().status == 400
 
 
+def test_registry_whose_disk_is_nearly_full_takes_nothing_and_goes_on(
+    place: Place, start: Start, secret_file: Callable[[str, str], Path]
+) -> None:
+    with socket.create_server((place.settings.head_addr, 0)) as listener:
+        port = listener.getsockname()[1]
+    container = start("registry", options=[*options(place.state, secret_file, port), "--env=KEEP_FREE_MB=1000000000"])
+    container.wait_until_healthy()
+    full = Place(container, replace(place.settings, registry_port=port), place.state)
+    password = place.state.secret("registry-password")
+    for there, taken in ((place, 202), (full, 500)):
+        assert there.status("/v2/x/blobs/uploads/", user="cfiddle", password=password, method="POST") == taken
+    assert full.status(user="cfiddle", password=password) == 200
+
+
 def test_registry_is_not_root_and_keeps_its_password_to_itself(place: Place) -> None:
     password = place.state.secret("registry-password")
     assert place.container.run("id", "-u").strip() == "804"

@@ -639,6 +639,15 @@ def test_disk_that_gets_full_fast_is_looked_at_before_it_is_time(
     wait_until(lambda: _code_or_none(kept, ME) == "disk", timeout_s=5, what="it has been looked")
 
 
+def test_disk_is_looked_at_also_beside_a_job_that_holds_no_container(
+    engine: FakeEngine, ask: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = ask().hears()["container"]
+    monkeypatch.setattr(Quiet, "lasts", None)
+    engine.there[container]["SizeRw"] = 11 * 2**20
+    assert engine.stopped.get(timeout=10) == container
+
+
 def test_who_deletes_something_that_is_small_has_still_written_too_much(kept: Containers, engine: FakeEngine) -> None:
     full, _ = _create(kept, "full"), _create(kept, "small")
     engine.there[full]["SizeRw"] = 11 * 2**20

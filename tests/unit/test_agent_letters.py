@@ -1,6 +1,7 @@
 """Letters and the door that they come to: what is refused, from whom, and that nobody keeps others out."""
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -73,16 +74,22 @@ class Asked:
     def __init__(self) -> None:
         self.calls: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.fails: Exception | None = None
+        self.on: Callable[[], object] = lambda: None
         self.command = Command()
 
     def _note(self, *call: Any) -> None:
         self.calls.put(call)
+        self.on()
         if self.fails:
             raise self.fails
 
     def listed(self, uid: int) -> list[dict[str, Any]]:
         self._note("list", uid)
         return [{"name": "a"}]
+
+    def types(self) -> list[dict[str, Any]]:
+        self._note("types")
+        return []
 
     def create(self, uid: int, *, user: str, name: str, image: str) -> str:
         self._note("create", uid, user, name, image)
@@ -101,6 +108,14 @@ class Asked:
 
     def end_command(self, uid: int, name: str, mark: str) -> None:
         self._note("end", uid, name, mark)
+
+
+class Quiet:
+    """In the place of what has users wait: keeps who is to."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.give_way = self.asked.append
 
 
 class Guest:
@@ -147,10 +162,15 @@ def asked() -> Asked:
 
 
 @pytest.fixture
-def come(credentials: Credentials, asked: Asked) -> Iterator[Callable[[], Guest]]:
+def quiet() -> Quiet:
+    return Quiet()
+
+
+@pytest.fixture
+def come(credentials: Credentials, asked: Asked, quiet: Quiet) -> Iterator[Callable[[], Guest]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = probe.getsockname()
-    Door(asked, address=address[0], port=address[1]).open()  # type: ignore[arg-type]
+    Door(asked, quiet, address=address[0], port=address[1]).open()  # type: ignore[arg-type]
     guests: list[Guest] = []
 
     def come() -> Guest:
@@ -303,7 +323,7 @@ def test_length_that_no_letter_has_ends_the_connection(come: Callable[[], Guest]
         ({"type": "outcome", "job": 1, "wait_s": 1}, "field"),
         *(
             ({"type": "exec", "name": "a", "terminal": False, "argv": argv}, "field")
-            for argv in ([], "sh", ["sh", 1], ["sh", "a\0b"], None)
+            for argv in ([], "sh", ["sh", 1], ["sh", "a\0b"], ["sh"] * 16385, None)
         ),
         ({"type": "exec", "name": "a", "argv": ["sh"]}, "field"),
     ],
@@ -316,6 +336,46 @@ def test_request_that_is_none_is_refused_and_the_next_is_done(
     assert (answer["type"], answer["code"]) == ("refused", code)
     assert asked.calls.empty()
     assert guest.ask(type="list")["type"] == "containers"
+
+
+@pytest.mark.parametrize("reply", [None, 1, ["r"], {}])
+def test_request_whose_answer_cannot_be_known_is_not_done(come: Callable[[], Guest], asked: Asked, reply: Any) -> None:
+    guest = come()
+    guest.send(type="list", reply=reply)
+    assert guest.is_turned_away()
+    assert asked.calls.empty()
+
+
+def test_what_a_request_says_besides_takes_no_memory_while_it_is_served(
+    come: Callable[[], Guest], asked: Asked
+) -> None:
+    served, seen = threading.Event(), threading.Event()
+    asked.on = lambda: (served.set(), seen.wait(PATIENCE_S))
+    guest = come()
+    guest.send(type="outcome", job=7, wait_s=60.0, argv=_junk(), uid=_junk())
+    assert served.wait(PATIENCE_S)
+    assert not _junk_in_memory()
+    seen.set()
+    assert guest.answer()["type"] == "outcome"
+
+
+def _junk() -> list[Any]:
+    return [["junk", []], ["junk", []]]
+
+
+def _junk_in_memory() -> int:
+    there = [found for found in gc.get_objects() if type(found) is list and len(found) == 2]
+    return sum(type(first) is str and first == "junk" for first, _ in there)
+
+
+def test_who_asks_for_what_the_engine_does_gives_way_to_a_measurement(come: Callable[[], Guest], quiet: Quiet) -> None:
+    guest = come()
+    for request in ({"type": "types"}, {"type": "outcome", "job": 7, "wait_s": 0.0}, {"type": "run"}):
+        guest.ask(**request)
+    assert quiet.asked == []
+    for request in ({"type": "list"}, {"type": "stop", "name": "a"}, {"type": "create", "name": "a"}):
+        guest.ask(**request)
+    assert quiet.asked == [ME] * 3
 
 
 def test_root_names_containers_as_the_engine_does(come: Callable[[], Guest], credentials: Credentials) -> None:
@@ -370,6 +430,17 @@ def test_streams_of_a_command_are_passed_on(come: Callable[[], Guest], asked: As
     assert letters.receive_piece(guest.connection) == (letters.EXIT, b'{"status": 7}')
     assert guest.is_turned_away()
     assert asked.calls.empty()
+
+
+def test_what_is_said_besides_a_terminal_s_size_takes_no_memory(come: Callable[[], Guest], asked: Asked) -> None:
+    guest = come()
+    _run(guest)
+    content = letters.encoded({"rows": 24, "columns": 80, "more": _junk()})
+    letters.send_piece(guest.connection, letters.SIZE, content)
+    letters.send_piece(guest.connection, letters.INPUT, b"input")
+    assert asked.command.end.recv(100) == b"input"
+    assert asked.command.sizes == [(24, 80)]
+    assert not _junk_in_memory()
 
 
 def test_exit_status_comes_through_where_more_input_comes_than_is_read(come: Callable[[], Guest], asked: Asked) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,29 @@ def test_a_machine_is_quiet_without_jobs_and_between_the_calls_of_a_lease(tmp_pa
         (tmp_path / "again").rename(tmp_path / "7")
         assert quiet.lasted_s() is None, "another grant for the same job"
     assert quiet.lasted_s() is None
+
+
+def test_who_asks_for_much_waits_while_something_is_measured_and_delays_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace_s = 0.2
+    monkeypatch.setattr("agent.quiet._PACE_S", pace_s)
+    monkeypatch.setattr("agent.quiet._AT_ONCE", 3)
+    quiet = Quiet(Grants(tmp_path, owner=os.getuid()))
+
+    def waited_s(uid: int, times: int) -> float:
+        began = time.monotonic()
+        with ThreadPoolExecutor(times) as pool:
+            list(pool.map(quiet.give_way, [uid] * times))
+        return time.monotonic() - began
+
+    assert waited_s(2001, 20) < pace_s, "nothing is measured"
+    (tmp_path / "7").write_text("2003")
+    assert waited_s(2001, 3) < pace_s, "so much is done at once"
+    assert waited_s(2001, 4) >= 3 * pace_s
+    assert waited_s(2002, 3) < pace_s, "another has asked for nothing yet"
+    time.sleep(3 * pace_s)
+    assert waited_s(2001, 3) < pace_s, "who has been at rest may ask again"
 
 
 def test_a_change_is_announced(tmp_path: Path) -> None:

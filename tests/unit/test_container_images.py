@@ -28,20 +28,23 @@ class Registry:
         if "update" in argv:
             self.updates.append(argv[-3])
             return ""
+        if "find" in argv:
+            self.updates.append(f"{argv[1]} {argv[argv.index('-name') + 1]}")
+            return ""
         raise CommandError(argv, 1, self.complaint, "ended with status 1")
 
 
 def test_registry_that_nobody_has_pushed_to_has_nothing_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(monkeypatch, EMPTY)
     assert container_images.free_space() == "no image was ever committed"
-    assert registry.updates == ["--env-add", "--env-rm"], "it can be written to again"
+    assert registry.updates == ["--env-add", "exec _uploads", "--env-rm"], "it can be written to again"
 
 
 def test_other_failure_is_said_and_the_registry_can_be_written_to_again(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(monkeypatch, "no space left on device")
     with pytest.raises(CommandError, match="no space left"):
         container_images.free_space()
-    assert registry.updates == ["--env-add", "--env-rm"]
+    assert registry.updates == ["--env-add", "exec _uploads", "--env-rm"]
 
 
 def test_wrong_policy_is_said_and_no_image_travels(tmp_path: Path) -> None:

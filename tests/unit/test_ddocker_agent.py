@@ -1,6 +1,8 @@
 """The agent's side of ddocker that needs no engine: ports, GPUs, names of images, a container's shape."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from agent import container_policy, container_request, container_shape, gpus, ports, user_images
 from agent.container_shape import Owner, Wanted
+from agent.engine import EngineError
 from agent.gpus import Gpu
 from agent.grants import Grant, Grants
 from agent.wire import Refused
@@ -137,12 +140,20 @@ class _FakeEngine:
     def __init__(self) -> None:
         self.there: dict[str, dict[str, Any]] = {"base": _image(2**20, "a")}
         self.pushed: list[str] = []
+        self.pulled: list[str] = []
 
     def images(self) -> list[dict[str, Any]]:
-        return [{"Id": name, "Size": 0, "Labels": {}, "RepoTags": [name]} for name in self.there if name != "base"]
+        there = [name for name in self.there if name != "base"]
+        return [{"Id": name, "Size": 0, "Labels": {}, "RepoTags": [name]} for name in there]
 
     def image(self, name: str) -> dict[str, Any]:
+        if name not in self.there:
+            raise EngineError(404, "no such image")
         return self.there[name]
+
+    def pull(self, repository: str, tag: str, _account: object) -> None:
+        self.pulled.append(f"{repository}:{tag}")
+        self.there[f"{repository}:{tag}"] = _image(4 * 2**20, "a", repository)
 
     def commit(self, container: str, repository: str, tag: str, _changes: object) -> None:
         self.there[f"{repository}:{tag}"] = _image(4 * 2**20, "a", container)
@@ -154,22 +165,111 @@ class _FakeEngine:
         del self.there[name]
 
 
-def test_image_that_is_more_than_a_user_may_have_is_gone_before_it_is_anywhere(tmp_path: Path) -> None:
-    class Nothing(user_images.Registry):
-        def digest(self, repository: str, tag: str) -> str:
-            return ""
+class _Registry:
+    """A registry in which every user has images of these names."""
 
+    address, account = "r:5001", {"username": "cfiddle"}
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def digest(self, repository: str, tag: str) -> str:
+        return "sha256:1" if repository.rpartition("/")[2] in self._names else ""
+
+
+def _images(engine: _FakeEngine, registry: _Registry, *, per_user: int = 9, most_mb: int = 6) -> user_images.UserImages:
+    return user_images.UserImages(
+        engine,  # type: ignore[arg-type]
+        registry,  # type: ignore[arg-type]
+        per_user=per_user,
+        most_mb=most_mb,
+        bases=["base"],
+    )
+
+
+def test_image_that_is_more_than_a_user_may_have_is_gone_before_it_is_anywhere() -> None:
     engine = _FakeEngine()
-    registry = Nothing("r:5001", "password", tmp_path)
-    images = user_images.UserImages(engine, registry, per_user=9, most_mb=6)  # type: ignore[arg-type]
+    images = _images(engine, _Registry())
     for name in ("one", "two"):
-        images.commit(name, 1000, name, bases=["base"])
+        images.commit(name, 1000, name)
     with pytest.raises(Refused, match="would add 9 MB to what they are made of, more than the 6 MB") as caught:
-        images.commit("three", 1000, "three", bases=["base"])
+        images.commit("three", 1000, "three")
     assert caught.value.code == "share"
     assert engine.pushed == ["r:5001/u1000/one:latest", "r:5001/u1000/two:latest"]
     assert sorted(engine.there) == ["base", *engine.pushed]
-    images.commit("one", 1001, "one", bases=["base"])
+    images.commit("one", 1001, "one")
+
+
+def test_images_of_one_user_become_more_one_by_one() -> None:
+    class SlowEngine(_FakeEngine):
+        def commit(self, container: str, repository: str, tag: str, changes: object) -> None:
+            at_once.append(len(making))
+            making.append(container)
+            time.sleep(0.02)  # so that all have come before the first has done it
+            super().commit(container, repository, tag, changes)
+            making.remove(container)
+
+    making: list[str] = []
+    at_once: list[int] = []
+    engine = SlowEngine()
+    images = _images(engine, _Registry(), most_mb=90, per_user=3)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(images.commit, f"n{number}", 1000, f"n{number}") for number in range(8)]
+    refused = [error for error in (one.exception() for one in asked) if error]
+    assert [error.code for error in refused if isinstance(error, Refused)] == ["share"] * 5
+    assert at_once == [0, 0, 0]
+    assert len(engine.pushed) == 3
+
+
+def test_image_that_the_registry_does_not_take_is_nowhere() -> None:
+    class FullRegistry(_FakeEngine):
+        def push(self, repository: str, tag: str, account: object) -> None:
+            raise EngineError(0, "received unexpected HTTP status: 500 Internal Server Error")
+
+    engine = FullRegistry()
+    with pytest.raises(EngineError, match=r"its disk is nearly full: received unexpected HTTP status: 500"):
+        _images(engine, _Registry()).commit("one", 1000, "one")
+    assert list(engine.there) == ["base"]
+
+
+def test_who_waits_too_long_for_another_image_of_theirs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_images, "_TURN_S", 0.01)
+    engine = _FakeEngine()
+    images = _images(engine, _Registry())
+    with images._turn(1000):
+        with pytest.raises(Refused, match="another image of yours") as caught:
+            images.commit("one", 1000, "one")
+        assert caught.value.code == "busy"
+        images.commit("one", 1001, "one")
+
+
+@pytest.mark.parametrize(("shares", "said"), [({"per_user": 1}, "1 images of yours are here"), ({}, "would add 6 MB")])
+def test_image_that_is_fetched_is_in_the_user_s_share(shares: dict[str, int], said: str) -> None:
+    engine, registry = _FakeEngine(), _Registry("one", "two")
+    images = _images(engine, registry, most_mb=5, **shares)
+    for _ in range(2):
+        assert images.ensure(1000, "one") == "r:5001/u1000/one:latest"
+    for uid, name in ((1000, "two"), (0, "u1000/two")):
+        with pytest.raises(Refused, match=said) as caught:
+            images.ensure(uid, name)
+        assert caught.value.code == "share"
+    assert sorted(engine.there) == ["base", "r:5001/u1000/one:latest"]
+    assert images.ensure(1001, "two") == "r:5001/u1001/two:latest"
+    with pytest.raises(Refused, match="there is no image three"):
+        images.ensure(1000, "three")
+
+
+def test_image_that_several_ask_for_at_once_is_fetched_once() -> None:
+    class SlowEngine(_FakeEngine):
+        def pull(self, repository: str, tag: str, account: object) -> None:
+            time.sleep(0.05)  # so that all have come before the first has done it
+            super().pull(repository, tag, account)
+
+    engine = SlowEngine()
+    images = _images(engine, _Registry("one"), per_user=1)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(images.ensure, [1000] * 4, ["one"] * 4)) == {"r:5001/u1000/one:latest"}
+    assert engine.pulled == ["r:5001/u1000/one:latest"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def agent(clocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an agent listen here."""
     with socket.create_server((HERE, 0)) as probe:
         port = probe.getsockname()[1]
-    Door(None, address=HERE, port=port).open()  # type: ignore[arg-type]
+    Door(None, None, address=HERE, port=port).open()  # type: ignore[arg-type]
     monkeypatch.setattr(clocks.letters, "PORT", port)
 
 
