@@ -603,7 +603,8 @@ time.sleep(50)
 
 def test_loop_of_requests_gives_way_to_a_measurement(cluster: LiveCluster) -> None:
     worker = cluster.workers[0]
-    cluster.wait_until_runs(cluster.sbatch("sleep 600", VICTIM, "-w", worker))
+    measuring = cluster.sbatch("sleep 600", VICTIM, "-w", worker)
+    cluster.wait_until_runs(measuring)
     program = f"""
 began = time.monotonic()
 told = {{word(ask({worker!r}, type="list")) for _ in range(24)}}
@@ -613,6 +614,7 @@ print(told == {{"containers"}}, time.monotonic() - began)
     assert answered == "True"
     assert float(seconds) > 9
     listed = cluster.user(["cm", "list"], VICTIM)
+    cluster.slurm(f"scancel {measuring}")
     assert listed.ok() == "There are 0 containers:\n"
     assert listed.seconds < 5
 

@@ -22,8 +22,8 @@ def test_user_who_queues_one_job_waits_for_no_more_than_those_that_run(cluster: 
     job = cluster.sbatch("sleep 1", flooder, f"--array=0-{FLOOD - 1}", "--time=1")
     try:
         wait_until(lambda: _waiting(cluster, job) < FLOOD, timeout_s=30, what="the flood has begun")
-        before = _waiting(cluster, job)
         one = cluster.sbatch("true", other)
+        before = _waiting(cluster, job)
         overtaken = 0
         while f"{one} PENDING" in cluster.queue():
             overtaken = before - _waiting(cluster, job)
