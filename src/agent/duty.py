@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 log = logging.getLogger("agent")
 
-FAILED = signal.SIGABRT
+FAILED = signal.SIGUSR1
 """What the agent sends itself when such a thread fails."""
 
 

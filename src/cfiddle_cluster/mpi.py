@@ -80,7 +80,7 @@ def check_pi(pi: float) -> None:
 
 
 def _draw(container: Container, measured: Mapping[str, Any], picture: Path) -> None:
-    argv = ["as-user", "jovyan", "env", "MPLCONFIGDIR=/tmp", "python3", f"{_PROGRAMS}/mpi_picture.py"]
+    argv = ["as-user", "jovyan", "python3", f"{_PROGRAMS}/mpi_picture.py"]
     picture.write_bytes(base64.b64decode(_in_userhost(container, argv, input=json.dumps(measured))))
     print(f"drawn to {picture}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from docker.models.containers import Container
 
 from cfiddle_cluster import services
-from cfiddle_cluster.commands import docker_cli, run
+from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.state import State
@@ -63,7 +63,10 @@ def fill_homes(users: Iterable["User"]) -> None:
     container = services.container("userhost")
     for user in users:
         if container:
-            _exec(container, ["as-user", user.name, "fill-home"], user="0:0")
+            try:
+                _exec(container, ["timeout", "20", "as-user", user.name, "fill-home"], user="0:0")
+            except CommandError as error:  # what is in the way there is the user's own, and nobody else's concern
+                print(f"warning: the home of {user.name} was not filled: {error.output.strip()}", file=sys.stderr)
 
 
 def end_sessions(user: "User") -> None:

@@ -15,9 +15,10 @@ import pytest
 
 import browser
 from cfiddle_cluster import userhost
-from live import LiveCluster, docker
+from live import LiveCluster, docker, wait_until
 
 EVIL = "http://evil.example"
+OTHER = "test_user1"
 FILE = "test_slurm.sh"
 """Lies in the home directory of whom JupyterLab belongs to, and is not hidden."""
 PRIVATE = [
@@ -195,6 +196,24 @@ def _terminals(cluster: LiveCluster) -> list[str]:
     token = cluster.state.secret("jupyter-token")
     text = Visitor(cluster).ask("GET", "/api/terminals", Authorization=f"token {token}")[2]
     return sorted(terminal["name"] for terminal in json.loads(text))
+
+
+def test_what_a_kernel_says_goes_over_no_network(cluster: LiveCluster) -> None:
+    authorization = {"Authorization": f"token {cluster.state.secret('jupyter-token')}"}
+    _, _, text = Visitor(cluster).ask("POST", "/api/kernels", "{}", **authorization)
+    kernel = json.loads(text)["id"]
+    try:
+        sockets = f"find /run/jupyter -type s -path '*{kernel}*'"
+        wait_until(
+            lambda: len(cluster.in_service("userhost", sockets).ok().split()) >= 5,
+            timeout_s=30,
+            what="its sockets are files",
+        )
+        table = cluster.user("cat /proc/net/tcp /proc/net/tcp6", OTHER).ok()
+        listening = re.findall(r":([0-9A-F]{4}) [0-9A-F]+:0000 0A \S+ \S+ \S+ +1000 ", table)
+        assert {int(port, 16) for port in listening} == {8888}
+    finally:
+        Visitor(cluster).ask("DELETE", f"/api/kernels/{kernel}", **authorization)
 
 
 def test_token_is_not_in_the_log(cluster: LiveCluster, owner: Visitor) -> None:

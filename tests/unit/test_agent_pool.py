@@ -317,17 +317,14 @@ def test_a_call_whose_half_made_one_meets_a_fault_of_ours_goes_on(
     machine.wait_for("it is said", lambda: "LookupError: a fault" in caplog.text)
 
 
-def test_a_thread_that_the_agent_cannot_do_without_ends_it_when_it_fails(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_thread_that_the_agent_cannot_do_without_ends_it_when_it_fails(caplog: pytest.LogCaptureFixture) -> None:
     told: list[int] = []
-    monkeypatch.setattr(duty, "FAILED", signal.SIGUSR1)
-    before = signal.signal(signal.SIGUSR1, lambda number, _: told.append(number))
+    before = signal.signal(duty.FAILED, lambda number, _: told.append(number))
     try:
         duty.begin(lambda: [].pop(), "keep")
-        wait_until(lambda: told == [signal.SIGUSR1], timeout_s=5, what="it was told")
+        wait_until(lambda: told == [duty.FAILED], timeout_s=5, what="it was told")
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(duty.FAILED, before)
     assert "its thread keep failed" in caplog.text
     assert "IndexError: pop from empty list" in caplog.text
 

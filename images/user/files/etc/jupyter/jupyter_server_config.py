@@ -10,5 +10,7 @@ c.ServerApp.open_browser = False
 c.ServerApp.quit_button = False
 # The token is the cluster's secret; a password set by one who has it would outlive it in the home.
 c.PasswordIdentityProvider.allow_password_change = False
+# What goes between it and its kernels is signed and not hidden: over TCP, everybody on this node could listen.
+c.KernelManager.transport = "ipc"
 c.FileContentsManager.delete_to_trash = False
 c.LabApp.extension_manager = "readonly"
