@@ -52,12 +52,41 @@ def test_a_full_tmp_is_told(cluster: LiveCluster) -> None:
     wait_until(lambda: _state(cluster, worker) == "idle none", timeout_s=30, what="the node is back")
 
 
+def test_what_two_users_keep_each_other_from_removing_goes(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    both = [f"setpriv --reuid={uid} --clear-groups sh -c" for uid in (2001, 2002)]
+    nested = [
+        f"{both[0]} 'mkdir -m 0777 /tmp/a'",
+        f"{both[1]} 'mkdir -m 0777 /tmp/a/b'",
+        f"{both[0]} 'fallocate -l 1000M /tmp/a/b/full'",
+        f"{both[1]} 'chmod 0700 /tmp/a/b'",
+        f"{both[0]} 'chmod 0700 /tmp/a'",
+        *(f"{user} /usr/local/lib/cfiddle/clean || true" for user in both),
+    ]
+    try:
+        cluster.in_service("slurmd", f"{' && '.join(nested)}; {CHECK}", worker).ok()
+        assert _state(cluster, worker) == "drained health check: /tmp is full"
+        cluster.in_service("slurmd", CHECK, worker).ok()
+        wait_until(lambda: _state(cluster, worker) == "idle none", timeout_s=30, what="the node is back")
+    finally:
+        cluster.in_service("slurmd", f"rm -rf /tmp/a && {CHECK}", worker).ok()
+
+
 def test_a_drain_of_somebody_s_is_let_alone(cluster: LiveCluster) -> None:
     worker = cluster.workers[0]
     cluster.slurm(f"scontrol update nodename={worker} state=drain reason='a broken fan'")
     cluster.in_service("slurmd", f"fallocate -l 1000M /tmp/full && {CHECK}; rm -f /tmp/full && {CHECK}", worker).ok()
     assert _state(cluster, worker) == "drained a broken fan"
     cluster.slurm(f"scontrol update nodename={worker} state=resume")
+
+
+def test_a_node_whose_epilog_did_not_end_in_time_comes_back_without_what_it_left(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    left = "setpriv --reuid=2001 --clear-groups mkdir -p -m 0500 /tmp/a/b"
+    cluster.in_service("slurmd", left, worker).ok()
+    cluster.slurm(f"scontrol update nodename={worker} state=drain reason='Epilog error'")
+    cluster.in_service("slurmd", f"{CHECK} && ! ls -d /tmp/a", worker).ok()
+    wait_until(lambda: _state(cluster, worker) == "idle none", timeout_s=30, what="the node is back")
 
 
 def test_a_node_on_which_a_job_could_not_be_killed_comes_back_when_it_is_gone(cluster: LiveCluster) -> None:
