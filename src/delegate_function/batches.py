@@ -6,6 +6,7 @@ Calls that come while Slurm takes earlier ones become one job array.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import operator
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 from delegate_function import caller, data, detached, files, frames, shelf, slurm
 from delegate_function.callinfo import CallInfo
-from delegate_function.errors import CallNotSent, DelegateFunctionException
+from delegate_function.errors import CallNotSent, DelegateFunctionException, HopFailed
 from delegate_function.futures import Future
 from delegate_function.packing import Payload, pack
 from delegate_function.shelf import Record
@@ -26,6 +27,7 @@ from delegate_function.shelf import Record
 _MOST_TASKS = 1000  # Slurm's MaxArraySize is 1001 where nobody changed it
 _NAPS_S = (0.05, 0.5)
 _ASK_S = 3.0
+_cancelling = threading.Semaphore(4)
 
 
 class DetachedFuture(Future[Any]):
@@ -82,9 +84,12 @@ class Batches:
         self._futures: set[DetachedFuture] = set()
         self._submitter: threading.Thread | None = None
         self._finished = False
+        self._process = os.getpid()
 
     def add(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> DetachedFuture:
         """Submit a call, together with those that wait for that already."""
+        if os.getpid() != self._process:
+            raise RuntimeError("this process was forked from the one that has the executor; make another one here")
         future = DetachedFuture(self)
         future.add_done_callback(self._forget)
         with self._lock:
@@ -102,7 +107,9 @@ class Batches:
         """Cancel the job of a call that was cancelled."""
         assert isinstance(future, DetachedFuture)
         if future.record is not None:
-            slurm.cancel(future.record.job_id)
+            # It takes a moment, and who cancels may be an event loop. The interpreter waits for the thread.
+            job = future.record.job_id
+            threading.Thread(target=_cancel, args=(job,), name="delegate_function cancel").start()
 
     def finish(self, *, wait: bool, cancel: bool) -> None:
         """Take no more calls."""
@@ -161,7 +168,7 @@ class Batches:
                     # A job that Slurm took without saying so finds nothing to do.
                     shutil.rmtree(directory, dir_fd=above)
                     if job:
-                        slurm.cancel(job)
+                        _cancel(job)
                     raise
                 finally:
                     os.close(root)
@@ -171,7 +178,7 @@ class Batches:
             record = Record(directory, number, job if len(futures) == 1 else f"{job}_{number}")
             future.place(record)
             if future.cancelled():
-                self.end(future)
+                _cancel(record.job_id)
             else:
                 watcher.watch(future, record)
 
@@ -203,6 +210,12 @@ class Batches:
         else:
             command = ["python3", "-I", "-m", detached.__name__]
         return f"#!/bin/sh\nexec {shlex.join([*command, path])}\n"
+
+
+def _cancel(job: str) -> None:
+    """Cancel a job; where Slurm does not answer, nobody waits to hear that, and `shelf.found` still lists the job."""
+    with _cancelling, contextlib.suppress(HopFailed):
+        slurm.cancel(job)
 
 
 class _Watcher:
@@ -258,14 +271,17 @@ def _look(unsettled: dict[DetachedFuture, Record], jobs: dict[str, str] | None) 
     """
     there: dict[str, list[str]] = {}
     for future, record in unsettled.items():
-        if record.directory not in there:
-            there[record.directory] = shelf.names(record.directory)
-        if f"{record.number}.result" in there[record.directory]:
-            future.fetch(record)
-        elif jobs is not None:
-            future.begun = jobs.get(record.job_id) == "RUNNING"
-            if record.job_id not in jobs:
-                future.settle(None, error=record.loss())
+        try:
+            if record.directory not in there:
+                there[record.directory] = shelf.names(record.directory)
+            if f"{record.number}.result" in there[record.directory]:
+                future.fetch(record)
+            elif jobs is not None:
+                future.begun = jobs.get(record.job_id) == "RUNNING"
+                if record.job_id not in jobs:
+                    future.settle(None, error=record.loss())
+        except Exception as error:
+            future.settle(None, error=error)
     return any(future.done() for future in unsettled)
 
 

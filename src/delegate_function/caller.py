@@ -164,11 +164,13 @@ def _travel(
         spec = {**spec, "kind": first["type"]}
     else:
         spec = {**spec, "kind": first["type"], "hops": rest, "hop": spec["hop"] + 1}
+    exchange = Exchange(spec, payload.chunks(), keys_fd)
     if conversation is None:
         where = hop.describe(first["type"], spec["hop"], spec["of"], remote.node(first))
         conversation = Conversation(lambda: processes.start_process(first, where), where)
-    exchange = info.exchange = conversation.begin(spec, payload.chunks(), keys_fd)
     try:
+        conversation.begin(exchange)
+        info.exchange = exchange
         with Display(exchange, conversation, info, silent=spec["interactive"]) as display:
             _consume(exchange, display, result, info)
     except BaseException:

@@ -34,24 +34,19 @@ class Exchange:
     Attributes:
         number: of the first hop, by which its greeting is known.
         progress: how many of how many steps the call has done, if it says so.
+        conversation: what it is a part of, once it has begun.
     """
 
-    def __init__(
-        self,
-        spec: dict[str, Any],
-        chunks: Iterator[memoryview | bytes],
-        keys_fd: int | None,
-        conversation: Conversation,
-    ) -> None:
+    def __init__(self, spec: dict[str, Any], chunks: Iterator[memoryview | bytes], keys_fd: int | None) -> None:
         self.events: queue.SimpleQueue[tuple[bytes, bytes] | DelegateFunctionException] = queue.SimpleQueue()
         self.progress: tuple[int, int] | None = None
+        self.conversation: Conversation | None = None
         try:
             self.header = frames.encode_json(frames.SPEC, spec)
         except frames.ProtocolError as error:
             raise CallNotSent(f"what describes the call, its files' names above all, is too much: {error}") from error
         self.number: int = spec["hop"]
         self.ended = threading.Event()
-        self._conversation = conversation
         self._chunks = chunks
         self._budget = frames.WINDOW
         self._keys_fd = keys_fd
@@ -62,12 +57,13 @@ class Exchange:
     def used(self, kind: bytes, count: int) -> None:
         """Say that output or bytes of the result were used up."""
         window = self._result if kind == frames.DATA else self._output
-        if credit := window.used(count):
-            self._conversation.say(credit)
+        if (credit := window.used(count)) and self.conversation:
+            self.conversation.say(credit)
 
     def cancel(self) -> None:
         """End the call, wherever it is; return when nothing of it is under way any more."""
-        self._conversation.cancel(self)
+        if self.conversation:
+            self.conversation.cancel(self)
 
     def input_fd(self) -> int | None:
         """Return the descriptor of the caller's standard input, if some of it may be sent now."""
@@ -146,18 +142,27 @@ class Conversation:
         # A lease that nobody gives back ends with the interpreter; a call is waited for if the thread that makes it is.
         daemon = True if hold is not None else None
         self._thread = threading.Thread(target=self._run, name="delegate_function call", daemon=daemon)
-        self._thread.start()
 
-    def begin(self, spec: dict[str, Any], chunks: Iterator[memoryview | bytes], keys_fd: int | None) -> Exchange:
-        """Send a call.
+    def start(self) -> None:
+        """Start the thread, and with it the process; an interrupt meanwhile leaves neither."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, exchange: Exchange) -> None:
+        """Send a call; if it is not one of a lease's, start what serves it. Whoever is interrupted here cancels it.
 
         Raises:
             DelegateFunctionException: there is nobody to send it to: a LeaseEnded if there was.
         """
-        exchange = Exchange(spec, chunks, keys_fd, self)
+        exchange.conversation = self
+        if self._hold is None:
+            self.start()
         if not self._command(exchange):
+            exchange.ended.set()
             raise self.ended()
-        return exchange
 
     def ended(self) -> DelegateFunctionException:
         """Return why no more calls go this way."""
@@ -187,14 +192,16 @@ class Conversation:
         """End a call: within a lease that has begun that alone, otherwise the process with all that hangs on it."""
         if exchange.ended.is_set():
             return
-        if self._hold is not None and self.greeted.is_set():
-            self.say(frames.encode(frames.CANCEL))
-            if exchange.ended.wait(_CANCELLED_S):
-                return
-        else:
-            when = "" if self.greeted.is_set() else " before it ran"
-            exchange.events.put(CallCancelled(f"the call was cancelled{when}", where=self.where))
-        self.close()
+        try:
+            if self._hold is not None and self.greeted.is_set():
+                self.say(frames.encode(frames.CANCEL))
+                exchange.ended.wait(_CANCELLED_S)
+            else:
+                when = "" if self.greeted.is_set() else " before it ran"
+                exchange.events.put(CallCancelled(f"the call was cancelled{when}", where=self.where))
+        finally:
+            if not exchange.ended.is_set():
+                self.close()
 
     def cancel_call(self) -> None:
         """End the call that is under way, if there is one."""
@@ -204,7 +211,8 @@ class Conversation:
     def close(self) -> None:
         """End the process and all that hangs on it; return when this has been done."""
         self._command(None)
-        self._thread.join()
+        if self._thread.is_alive():  # after an interrupted start it may be yet to come, and obeys then
+            self._thread.join()
 
     def give_back(self) -> None:
         """End a lease in which no call runs: its process and its job end by themselves."""
@@ -229,8 +237,11 @@ class Conversation:
         except Exception as error:
             self.failure = HopFailed(f"the call broke off: {error!r}", where=self.where)
         finally:
-            if self.process:
-                self.process.kill()
+            try:
+                if self.process:
+                    self.process.kill()
+            except Exception as error:
+                self.failure = self.failure or HopFailed(f"could not be ended: {error}", where=self.where)
             with self._lock:
                 self._over = True
                 os.close(self._wake_read)
@@ -281,6 +292,10 @@ class Conversation:
             if command is None:
                 return False
             if isinstance(command, Exchange):
+                if self._exchange:  # what still comes of it would be taken for the next one's
+                    self._commands.put(command)
+                    text = "the lease is over: the call before was given up and did not end"
+                    raise LeaseEnded(text, where=self.where, reason="lost")
                 self._exchange, command = command, command.header
             process.link.send(command)
             if command is _GIVE_BACK:

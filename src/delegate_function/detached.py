@@ -13,7 +13,7 @@ import sys
 
 from delegate_function import files, frames, hop, launch, processes
 from delegate_function.conversation import Conversation, Exchange
-from delegate_function.errors import ConfigurationError, DelegateFunctionException, to_wire
+from delegate_function.errors import ConfigurationError, DelegateFunctionException, HopFailed, to_wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 KIND = "batch job"
 JOB = "job"
 _KEPT = launch.DEFAULT_OUTPUT_MB * 1024**2
+_MOST = frames.MAX_TRANSFER + frames.WINDOW
+"""What comes beside the output: the largest result, in its frames, and what hops say."""
 _UNKEPT = f"\n(of the output, {launch.DEFAULT_OUTPUT_MB} MB were kept)\n".encode()
 
 
@@ -67,10 +69,11 @@ def serve(root: int, number: int) -> None:
             raise ConfigurationError(f"{number}.call does not begin as a call does")
         spec = frames.decode_json(content)
         where = hop.describe(KIND, spec["hop"], spec["of"], os.uname().nodename)
+        exchange = Exchange(spec, (content for _, content in call), None)
         conversation = Conversation(lambda: processes.start_process({"type": "subprocess"}, where), where)
-        exchange = conversation.begin(spec, (content for _, content in call), None)
         try:
-            place(root, f"{number}.result", _heard(exchange), beside=f"{number}.partial.{attempt}")
+            conversation.begin(exchange)
+            place(root, f"{number}.result", _heard(exchange, where), beside=f"{number}.partial.{attempt}")
         except BaseException:
             exchange.cancel()  # for lack of space, say
             raise
@@ -78,9 +81,9 @@ def serve(root: int, number: int) -> None:
         os.unlink(f"{number}.call", dir_fd=root)
 
 
-def _heard(exchange: Exchange) -> Iterator[bytes]:
-    """Yield the frames of a call as they come, without what is too much of its output."""
-    written = 0
+def _heard(exchange: Exchange, where: str) -> Iterator[bytes]:
+    """Yield the frames of a call as they come, without what is too much of its output; end one that sends too much."""
+    written = others = results = 0
     while True:
         event = exchange.events.get()
         if isinstance(event, DelegateFunctionException):
@@ -89,13 +92,22 @@ def _heard(exchange: Exchange) -> Iterator[bytes]:
         kind, content = event
         if kind in (frames.OUT, frames.ERR, frames.DATA):
             exchange.used(kind, len(content))
+        frame = frames.encode(kind, content)
         if kind in (frames.OUT, frames.ERR):
             before, written = written, written + len(content)
             if written > _KEPT:
                 if before <= _KEPT:
                     yield frames.encode(kind, content[: _KEPT - before]) + frames.encode(frames.ERR, _UNKEPT)
                 continue
-        yield frames.encode(kind, content)
+        else:
+            others += len(frame)
+            results += kind == frames.RESULT
+        if others > _MOST or results > 1:
+            exchange.cancel()
+            error = HopFailed("sent what does not belong there: more than a result", where=where)
+            yield frames.encode_json(frames.ERROR, to_wire(error))
+            return
+        yield frame
         if kind in (frames.END, frames.ERROR):
             return
 

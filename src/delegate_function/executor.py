@@ -57,7 +57,7 @@ class Executor(concurrent.futures.Executor):
     `forget`, or until thirty days after the result came.
 
     As in the standard library, `shutdown` and the end of a `with` block wait for the calls; but an interrupt within
-    the block, and the end of the interpreter, cancel them. Those that are detached go on.
+    the block or at its end, and the end of the interpreter, cancel them. Those that are detached go on.
     """
 
     def __init__(
@@ -111,10 +111,14 @@ class Executor(concurrent.futures.Executor):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, Exception):
-            self.shutdown(wait=True)
-        else:
+        if kind is not None and not issubclass(kind, Exception):
             self._way.abandon()
+            return
+        try:
+            self.shutdown(wait=True)
+        except BaseException:
+            self._way.abandon()
+            raise
 
     @staticmethod
     def reattach(job_id: str | int) -> DetachedFuture:

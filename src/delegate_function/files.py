@@ -47,7 +47,8 @@ def _open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
             except FileNotFoundError:
                 if not create:
                     raise
-                os.mkdir(directory, 0o777, dir_fd=current)
+                with contextlib.suppress(FileExistsError):  # another call makes it too
+                    os.mkdir(directory, 0o777, dir_fd=current)
                 following = os.open(directory, _DIRECTORY, dir_fd=current)
             os.close(current)
             current = following

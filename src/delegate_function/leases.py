@@ -12,6 +12,7 @@ call has a sandbox of its own all the same.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterable
 from typing import Any, Self
@@ -55,6 +56,7 @@ class Lease(BaseDelegate):
         self._chain = delegate if delegate is not None else DelegateChain(SlurmDelegate, SandboxDelegate)()
         self._terms = {"seconds": seconds, "idle_s": idle_s}
         self._turn = threading.Lock()
+        self._process: int | None = None
         found = self._chain.compile()
         position = next((n for n, hop_ in enumerate(found) if steps.leaves([hop_])), None)
         if position is None or found[position]["type"] != "slurm":
@@ -85,8 +87,10 @@ class Lease(BaseDelegate):
         """Submit the job. A call waits until it runs; this does not."""
         if self._conversation is not None:
             raise ConfigurationError("a lease is started once")
+        self._process = os.getpid()
         where = hop.describe("slurm", self._spec["hop"], self._spec["of"])
         self._conversation = Conversation(lambda: processes.start_process(self._hop, where), where, hold=self._spec)
+        self._conversation.start()
 
     def wait(self) -> None:
         """Return when the job runs.
@@ -94,6 +98,7 @@ class Lease(BaseDelegate):
         Raises:
             DelegateFunctionException: it does not, and never will.
         """
+        self._check_process()
         if self._conversation is None:
             self.start()
         assert self._conversation is not None
@@ -103,7 +108,7 @@ class Lease(BaseDelegate):
 
     def close(self) -> None:
         """Give the job back, when the call that runs, if there is one, has ended."""
-        if self._conversation is None:
+        if self._conversation is None or self._is_elsewhere:
             return
         with self._turn:
             if self._conversation.greeted.is_set():
@@ -116,7 +121,7 @@ class Lease(BaseDelegate):
 
         A lease whose job still waits in the queue is given up with its call.
         """
-        if self._conversation is not None:
+        if self._conversation is not None and not self._is_elsewhere:
             self._conversation.cancel_call()
 
     @property
@@ -137,7 +142,9 @@ class Lease(BaseDelegate):
         Raises:
             LeaseEnded: the lease was over before the call began, so that nothing ran.
             CallCancelled: `cancel` ended it.
+            RuntimeError: this process was forked from the one that has the lease.
         """
+        self._check_process()
         with self._turn:
             if self._conversation is None:
                 self.start()
@@ -150,3 +157,11 @@ class Lease(BaseDelegate):
     def hops(self) -> list[dict[str, Any]]:
         """Refuse to be a part of a chain, which would start a job of its own."""
         raise ConfigurationError("a lease is no part of a chain; make a lease of the whole chain")
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        return self._process not in (None, os.getpid())
+
+    def _check_process(self) -> None:
+        if self._is_elsewhere:
+            raise RuntimeError("this process was forked from the one that has the lease; make another one here")

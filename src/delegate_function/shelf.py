@@ -48,15 +48,17 @@ class Record:
 
     def loss(self) -> DelegateFunctionException:
         """Return why there is no result and will be none."""
-        log, heard = b"", b""
+        log, heard = b"", bytearray()
         with contextlib.suppress(files.FileError, OSError), opened(self.directory) as root:
             for name in sorted(os.listdir(root)):
                 if name == f"{self.number}.log":
                     with detached.open_to_read(root, name) as file:
                         log = file.read()
                 elif name.startswith(f"{self.number}.partial."):
-                    with detached.open_to_read(root, name) as file:
-                        heard = b"".join(data for kind, data in detached.read(file) if kind in (frames.OUT, frames.ERR))
+                    heard.clear()
+                    with detached.open_to_read(root, name) as file, contextlib.suppress(frames.ProtocolError):
+                        for kind, data in detached.read(file):  # as far as it reached the disk before a node died
+                            heard += data if kind in (frames.OUT, frames.ERR) else b""
         said, output = (returned.tail(text.decode(errors="replace")) for text in (log, heard))
         error = slurm.explain_batch(self.job_id, said, f"{detached.KIND} {self.job_id}")
         error.output_tail = output
@@ -123,8 +125,9 @@ def _described(root: int) -> dict[str, Any]:
 def remove_old(shelf: int) -> None:
     """Remove the submissions in which nothing happened for too long."""
     for name in os.listdir(shelf):
-        if os.stat(name, dir_fd=shelf, follow_symlinks=False).st_mtime < time.time() - KEPT_DAYS * 24 * 3600:
-            shutil.rmtree(name, ignore_errors=True, dir_fd=shelf)
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
+            if os.stat(name, dir_fd=shelf, follow_symlinks=False).st_mtime < time.time() - KEPT_DAYS * 24 * 3600:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=shelf)
 
 
 def _records() -> Iterator[tuple[Record, str, float, bool]]:

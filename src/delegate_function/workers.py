@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import math
 import operator
@@ -352,7 +353,8 @@ class _Worker(threading.Thread):
             try:
                 if not self.given_up:
                     self._place.start()
-                    self._place.wait()
+                    with contextlib.suppress(LeaseEnded):  # the first call finds that out, and is counted for it
+                        self._place.wait()
                     if self._workers.settle_in(self):
                         self._make_calls(self._place)
             finally:
@@ -365,7 +367,7 @@ class _Worker(threading.Thread):
 
     def _make_calls(self, place: Place) -> None:
         ends, idle_s = time.monotonic() + self._workers.turn_s, self._workers.idle_s
-        while not place.is_over and time.monotonic() < ends and (task := self._workers.take(self, idle_s)):
+        while time.monotonic() < ends and (task := self._workers.take(self, idle_s)):
             try:
                 idle_s = self._workers.idle_s if self._make_call(place, task) else 0
             except LeaseEnded as error:
@@ -376,6 +378,8 @@ class _Worker(threading.Thread):
                 del task  # with the arguments in it
                 with self._leaving:
                     self._workers.leave(self)
+            if place.is_over:
+                return
 
     def _make_call(self, place: Place, task: _Task) -> bool:
         """Make a call; return whether somebody wanted it to its end."""

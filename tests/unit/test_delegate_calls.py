@@ -29,10 +29,13 @@ from delegate_function import (
     TestClass,
     TrivialDelegate,
     VersionMismatch,
+    files,
     forked,
     frames,
 )
+from delegate_function.conversation import Conversation
 from delegate_function.delegates import BaseDelegate
+from delegate_function.processes import Process, start_process
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -392,6 +395,38 @@ def test_a_stream_that_breaks_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("where", ["start", "begin"])
+def test_an_interrupt_while_a_call_is_started_leaves_no_process(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Any = {"start": threading.Thread, "begin": Conversation}[where]
+    original = getattr(kind, where)
+    processes: list[Process] = []
+
+    def interrupted(*arguments: Any) -> None:
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    def noted(*arguments: Any) -> Process:
+        processes.append(start_process(*arguments))
+        return processes[0]
+
+    monkeypatch.setattr("delegate_function.processes.start_process", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            SubprocessDelegate().invoke(Thing(), "sleep", 60)
+    assert all(process._process.returncode is not None for process in processes)
+    assert not any(thread.name == "delegate_function call" for thread in threading.enumerate())
+
+
+def test_a_thread_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        SubprocessDelegate().invoke(Thing(), "add", 1)
+
+
 @pytest.mark.parametrize("chain", [1, 2])
 def test_the_calls_processes_die_with_a_killed_caller(chain: int) -> None:
     program = (
@@ -473,6 +508,25 @@ def test_call_is_ended_before_its_process_got_anywhere(monkeypatch: pytest.Monke
 
 
 # Files.
+
+
+def test_a_directory_that_another_call_makes_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = os.mkdir
+
+    def late(path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        mkdir(path, mode, dir_fd=dir_fd)
+        mkdir(path, mode, dir_fd=dir_fd)
+
+    root = os.open(tmp_path, os.O_RDONLY)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", late)
+        file = files.NewFile(root, "out/data", 0o644)
+    file.write(b"here")
+    file.commit()
+    os.close(root)
+    assert (tmp_path / "out/data").read_bytes() == b"here"
 
 
 def test_files_travel_and_come_back(delegate: BaseDelegate, tmp_path: Path) -> None:

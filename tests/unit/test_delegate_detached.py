@@ -29,7 +29,9 @@ from delegate_function import (
     TemporaryDirectoryDelegate,
     batches,
     detached,
+    frames,
 )
+from delegate_function.conversation import Exchange
 from live import wait_until
 from stand_ins import SRC, program
 
@@ -353,8 +355,48 @@ def test_cancel_ends_the_job(executor: Executor, slurm: Slurm, naps: Path) -> No
     assert future.cancel()
     with pytest.raises(concurrent.futures.CancelledError):
         future.result()
-    assert slurm.cancelled == ["101"]
+    wait_until(lambda: slurm.cancelled == ["101"], timeout_s=5, what="the job is cancelled")
     wait_until(lambda: not Path(f"/proc/{process}").exists(), timeout_s=3, what="the call is gone")
+
+
+def test_cancel_does_not_wait_for_slurm(executor: Executor, slurm: Slurm, naps: Path) -> None:
+    future = executor.submit(nap, naps)
+    wait_until(lambda: asleep(naps), timeout_s=20, what="it runs")
+    program(slurm.directory, "scancel", f"sleep 1\n{SCANCEL}")
+    started = time.monotonic()
+    assert future.cancel()
+    assert time.monotonic() - started < 0.5
+    wait_until(lambda: slurm.cancelled == ["101"], timeout_s=5, what="the job is cancelled")
+
+
+def test_end_of_the_interpreter_does_not_keep_a_job_from_being_cancelled(
+    chain: BaseDelegate, slurm: Slurm, naps: Path, tmp_path: Path
+) -> None:
+    program(slurm.directory, "scancel", f"sleep 0.5\n{SCANCEL}")
+    cancels = KILLED.replace("print(future.job_id, flush=True)\nfuture.result()", "future.job_id\nfuture.cancel()")
+    with _python(cancels, str(naps), str(tmp_path / "run")) as caller:
+        assert caller.wait(20) == 0
+    assert slurm.cancelled == ["101"]
+
+
+def test_job_that_cannot_be_cancelled_fails_no_other_call(
+    executor: Executor, slurm: Slurm, naps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("delegate_function.slurm._QUERY_S", 0.2)
+    program(slurm.directory, "scancel", "exec sleep 20")
+    called, held = slurm.directory / "array.called", slurm.directory / "array.held"
+    held.touch()
+    waits = f"if [[ $* == *--array* ]]; then touch {called}; while [[ -e {held} ]]; do sleep 0.05; done; fi"
+    program(slurm.directory, "sbatch", f"{waits}\n{SBATCH}")
+    slurm.hold()
+    first = executor.submit(square, 1)
+    slurm.wait_until_called()
+    cancelled, other = executor.submit(nap, naps, 1), executor.submit(square, 3)
+    slurm.release()
+    wait_until(called.exists, timeout_s=20, what="the two are submitted")
+    assert cancelled.cancel()
+    held.unlink()
+    assert [first.result(20), other.result(20)] == [1, 9]
 
 
 def test_cancel_while_the_job_is_submitted(executor: Executor, slurm: Slurm, naps: Path) -> None:
@@ -368,6 +410,55 @@ def test_cancel_while_the_job_is_submitted(executor: Executor, slurm: Slurm, nap
     executor.shutdown()
     assert slurm.cancelled == ["101"]
     assert len(slurm.submitted) == 1, "the second one never was"
+
+
+def test_partial_file_that_is_broken_fails_its_call_alone_with_what_it_has(
+    executor: Executor, slurm: Slurm, naps: Path
+) -> None:
+    lost, other = executor.submit(nap, naps), executor.submit(nap, naps, 3)
+    wait_until(lambda: len(asleep(naps)) == 2, timeout_s=20, what="both run")
+    directory = shelf() / lost.record.directory
+    [partial] = directory.glob(f"{lost.record.number}.partial.*")
+    wait_until(lambda: b"begun" in partial.read_bytes(), timeout_s=20, what="it speaks")
+    with partial.open("ab") as file:
+        file.write(bytes(1000))
+    slurm.end(lost.job_id, "NODE_FAIL")
+    error = lost.exception(10)
+    assert type(error) is NodeFailed
+    assert error.output_tail == "begun"
+    assert other.result(20)
+
+
+def test_what_cannot_be_looked_for_fails_its_call_alone(
+    executor: Executor, naps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = batches.shelf.names
+
+    def some(directory: str) -> list[str]:
+        if directory == bad.record.directory:
+            raise ValueError("broken")
+        return names(directory)
+
+    bad = executor.submit(nap, naps, 1)
+    assert bad.job_id
+    good = executor.submit(nap, naps, 1)
+    assert good.job_id
+    monkeypatch.setattr(batches.shelf, "names", some)
+    with pytest.raises(ValueError, match="broken"):
+        bad.result(10)
+    assert good.result(20)
+
+
+def test_submission_that_is_removed_meanwhile_is_in_nobody_s_way(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listdir = os.listdir
+
+    def late(path: Any) -> list[str]:
+        return [*listdir(path), "removed"] if isinstance(path, int) else listdir(path)
+
+    monkeypatch.setattr(os, "listdir", late)
+    assert executor.submit(square, 3).result(20) == 9
 
 
 def test_rejected_job_leaves_nothing(executor: Executor, slurm: Slurm) -> None:
@@ -446,6 +537,34 @@ def test_output_is_bounded(executor: Executor, capfd: pytest.CaptureFixture[str]
     assert "16 MB were kept" in err
 
 
+RESULT = frames.encode_json(frames.RESULT, {"parts": []})
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [RESULT, RESULT],
+        [RESULT, *[frames.encode(frames.DATA, bytes(1000))] * 11],
+        [RESULT, *[frames.encode(frames.DATA)] * 2000],
+    ],
+)
+def test_call_that_sends_more_than_a_result_is_ended(sent: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(detached, "_MOST", 10_000)
+    monkeypatch.setattr(Exchange, "cancel", lambda exchange: ended.append(exchange))
+    exchange = Exchange({"hop": 1}, iter(()), None)
+    decoder = frames.Decoder()
+    decoder.feed(b"".join(sent) + frames.encode(frames.END))
+    for frame in decoder:
+        exchange.events.put(frame)
+    *written, last = detached._heard(exchange, "here")
+    assert ended == [exchange]
+    assert len(b"".join(written)) <= 10_000
+    assert written.count(RESULT) == 1
+    assert last.startswith(frames.ERROR)
+    assert b"more than a result" in last
+
+
 def test_large_values_come_whole(executor: Executor) -> None:
     data = os.urandom(5_000_000)
     assert executor.submit(bytes.hex, data).result(40) == data.hex()
@@ -461,6 +580,8 @@ def test_calls_are_listed_and_forgotten(executor: Executor, slurm: Slurm, naps: 
     with pytest.raises(ConfigurationError, match="cancel it first"):
         Executor.forget(states["nap"][1])
     running.cancel()
+    wait_until(lambda: slurm.cancelled, timeout_s=5, what="the job is cancelled")
+    wait_until(lambda: not list(slurm.directory.glob("job.*")), timeout_s=5, what="no job is left")
     for _, job in states.values():
         Executor.forget(job)
     assert list(shelf().iterdir()) == []
@@ -501,6 +622,23 @@ def test_interrupt_leaves_the_jobs_alone(chain: BaseDelegate, slurm: Slurm, naps
     assert not future.done()
     assert future.result(20)
     assert slurm.cancelled == []
+
+
+def test_forked_process_submits_nothing(executor: Executor, slurm: Slurm) -> None:
+    slurm.hold()
+    future = executor.submit(square, 3)
+    slurm.wait_until_called()
+    child = os.fork()
+    if child == 0:
+        try:
+            executor.submit(square, 1)
+        except RuntimeError as error:
+            os._exit(7 if "forked" in str(error) else 1)
+        os._exit(2)
+    _, status = os.waitpid(child, 0)
+    slurm.release()
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert future.result(20) == 9
 
 
 def test_job_s_program_opens_no_pickle() -> None:

@@ -356,6 +356,59 @@ def test_interrupt_within_the_block_cancels_all(chain: BaseDelegate, jobs: Jobs,
     assert jobs.begun == jobs.ended == 1
 
 
+def test_interrupt_at_the_end_of_the_block_cancels_all(chain: BaseDelegate, jobs: Jobs, naps: Path) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: asleep(naps), timeout_s=20, what="one runs")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    executor = Executor(chain, max_workers=1)
+    futures = [executor.submit(nap, naps) for _ in range(3)]
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt), executor:
+        pass
+    assert all(future.cancelled() for future in futures)
+    assert all(is_gone(process) for process in asleep(naps))
+    assert jobs.begun == jobs.ended == 1
+
+
+class Fleeting(workers.Unleased):
+    """A lease that is over as soon as it has begun, as long as some are left to be so."""
+
+    left = 0
+
+    def __init__(self, delegate: BaseDelegate) -> None:
+        super().__init__(delegate)
+        self._is_over = type(self).left > 0
+        type(self).left -= 1
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    def wait(self) -> None:
+        if self._is_over:
+            raise LeaseEnded("others wait", reason="preempted")
+
+    def call(self, *arguments: Any, **options: Any) -> Any:
+        self.wait()
+        return super().call(*arguments, **options)
+
+
+@pytest.mark.parametrize(("left", "is_made"), [(3, True), (1000, False)])
+def test_lease_that_ends_before_it_is_used_is_followed_by_another(
+    left: int, is_made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fleeting, "left", left)
+    way = workers.Workers(lambda: Fleeting(TrivialDelegate()), 1, results="pickle", idle_s=0.1)
+    future = way.add(square, (3,), {})
+    if is_made:
+        assert future.result(10) == 9
+    else:
+        assert isinstance(future.exception(10), LeaseEnded)
+        assert Fleeting.left == left - workers._FRUITLESS
+    way.finish(wait=True, cancel=False)
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 def test_what_would_end_a_process_ends_no_worker(error: BaseException) -> None:
     with Executor(TrivialDelegate(), max_workers=1) as executor:

@@ -1,6 +1,7 @@
 """Leases, with a stand-in for srun that only runs what follows `--`."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,10 @@ from delegate_function import (
     TrivialDelegate,
     frames,
     lease,
+    slurm,
 )
+from delegate_function.conversation import Conversation, Exchange
+from delegate_function.errors import HopFailed
 from live import wait_until
 from stand_ins import hop_program, program
 
@@ -55,6 +59,10 @@ class Guest:
     def shout(self, size: int) -> int:
         print("x" * size)
         return size
+
+    def speak_and_nap(self) -> None:
+        print("begun", flush=True)
+        time.sleep(0.5)
 
     def fail(self) -> None:
         raise LookupError("here")
@@ -171,16 +179,123 @@ def test_call_whose_job_still_waits_can_be_cancelled(chain: BaseDelegate, bin_di
     assert held.is_over
 
 
-def test_interrupted_caller_ends_the_call_alone(held: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unwilling:
-        def write(self, text: str) -> None:
-            raise KeyboardInterrupt
+class Unwilling:
+    """A stream whose reader interrupts whoever writes."""
 
+    def write(self, text: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_interrupted_caller_ends_the_call_alone(held: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", Unwilling())
     with pytest.raises(KeyboardInterrupt):
         held.invoke(Guest(), "shout", 10)
     monkeypatch.undo()
     assert held.invoke(Guest(), "note", 0)
+
+
+def test_caller_interrupted_once_its_call_is_sent_ends_the_call_alone(
+    held: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = held.invoke(Guest(), "parent")
+    begin = Conversation.begin
+
+    def interrupted(*arguments: Any) -> None:
+        begin(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Conversation, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            held.invoke(Guest(), "shout", 10)
+    assert held.invoke(Guest(), "parent") == process
+
+
+def test_caller_interrupted_while_it_ends_a_call_ends_the_lease(held: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    held.invoke(Guest(), "note", 0)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", Unwilling())
+        patched.setattr(Conversation, "say", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            held.invoke(Guest(), "shout", 10)
+    assert held.is_over
+    with pytest.raises(LeaseEnded):
+        held.invoke(Guest(), "note", 0)
+
+
+def test_value_of_a_call_that_was_given_up_is_not_the_next_one_s(held: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    held.invoke(Guest(), "note", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", Unwilling())
+        patched.setattr(Exchange, "cancel", lambda exchange: None)
+        with pytest.raises(KeyboardInterrupt):
+            held.invoke(Guest(), "speak_and_nap")
+    with pytest.raises(LeaseEnded, match="given up") as raised:
+        held.invoke(Guest(), "note", 0)
+    assert raised.value.details["reason"] == "lost"
+
+
+def test_interrupt_while_a_lease_is_started_leaves_no_job(chain: BaseDelegate, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    held = lease(chain)
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            held.start()
+    assert held.is_over
+
+
+def test_forked_process_has_no_part_in_a_lease(held: Lease) -> None:
+    held.invoke(Guest(), "note", 0)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        said = []
+        for use in (lambda: held.invoke(Guest(), "note", 0), held.wait):
+            try:
+                use()
+            except RuntimeError as error:
+                said.append("forked" in str(error))
+        held.cancel()
+        held.close()
+        os._exit(7 if said == [True, True] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert held.invoke(Guest(), "note", 0)
+
+
+def test_job_that_cannot_be_taken_away_keeps_nobody_waiting(
+    chain: BaseDelegate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(job_id: str) -> None:
+        raise HopFailed(f"job {job_id} could not be cancelled")
+
+    monkeypatch.setattr(slurm, "cancel", silent)
+    held = lease(chain)
+    process = held.invoke(Guest(), "parent")
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            held.invoke(Guest(), "nap", str(tmp_path / "started"))
+        except HopFailed as error:
+            raised.append(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    wait_until((tmp_path / "started").exists, timeout_s=10, what="it runs")
+    os.kill(process, 9)
+    [error] = wait_until(lambda: raised, timeout_s=10, what="it has come to its end")
+    assert "cancelled" not in str(error), "what came first is told"
+    assert held.is_over
 
 
 def test_idle_lease_ends(chain: BaseDelegate) -> None:
