@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from delegate_function import counters, steps
+from delegate_function import counters, steps, terminal
 from delegate_function.building import BuildMethod
 from delegate_function.callinfo import CallInfo
 from delegate_function.delegates import BaseDelegate, DelegateChain, SandboxDelegate, SlurmDelegate
@@ -43,6 +43,7 @@ COLUMNS = (
 )
 """What `execution_method(columns=…)` adds to the measurements of a run, where it is known."""
 
+_TEXT = 10_000
 _RUN = "from cfiddle.Runner import invoke_runner; invoke_runner()"
 
 _nodes: list[dict[str, Any]] = []
@@ -199,7 +200,8 @@ def _no_counters(names: list[str], reason: str, info: CallInfo) -> CountersUnava
     told = str(info.node.get("counters"))
     if told.startswith(("policy: ", "kernel: ", "machine: ")):
         reason = told  # by the agent, who knows the profile
-    return CountersUnavailable(f"no counter {', '.join(names)} here, {reason}", where=info.where, reason=reason)
+    reason = _shown(reason)
+    return CountersUnavailable(f"no counter {_shown(', '.join(names))} here, {reason}", where=info.where, reason=reason)
 
 
 def _exception(name: str, arguments: list[str]) -> Exception:
@@ -209,9 +211,15 @@ def _exception(name: str, arguments: list[str]) -> Exception:
     kinds = [CFiddleException]
     for kind in kinds:  # grows meanwhile
         kinds += kind.__subclasses__()
-    found: Exception = next((kind for kind in kinds if kind.__name__ == name), CFiddleException)(*arguments)
+    texts = map(_shown, arguments)
+    found: Exception = next((kind for kind in kinds if kind.__name__ == name), CFiddleException)(*texts)
     str(found)  # which fails now, not where it is shown, if these are not its arguments
     return found
+
+
+def _shown(text: str) -> str:
+    """Return what may be shown of a text that the measured code may have made."""
+    return terminal.clean(text, limit=_TEXT)
 
 
 def _result(entry: Any, runner: Any, invocations: list[Any]) -> Any:

@@ -14,12 +14,16 @@ as Python writes them); an object has one item, whose name says what it is:
     series, frame    name or columns, index, and values: arrays, or lists of strings and numbers
 
 Who decodes trusts nothing. Nothing is made whose size was not compared with the bytes that came, each part is used
-once, and no document can choose a function to be called. NumPy and pandas are imported only if a value needs them.
+once, and no document can choose a function to be called. Nothing holds the other threads of the caller's process up for
+long: a second without beats would end their calls. NumPy and pandas are imported only if a value needs them.
 """
 
 from __future__ import annotations
 
 import base64
+import codecs
+import contextlib
+import heapq
 import io
 import json
 import math
@@ -37,18 +41,26 @@ RESULTS = (PICKLE, DATA)
 DOCUMENT, ARRAY, TEXT, BYTES = "data", "array", "text", "bytes"
 MAX_DOCUMENT = 32 * 1024 * 1024
 """The document may have this many bytes. A list may take 20 times as much memory as its text."""
+MAX_VALUES = 1_000_000
+"""The document may have this many brackets and commas, and so about as many values. No other thread runs meanwhile."""
 MAX_PARTS = 4000
+MAX_COLUMNS = 10_000
+"""The columns, indexes and levels of all frames and series. An empty one takes 100 times as much memory as its text."""
+MAX_WIDE = 256 * 1024 * 1024
+"""A text may have this many bytes if it is not ASCII: one character makes all of them take four bytes in memory."""
 MAX_DEPTH = 50
 
 _LONG = 64 * 1024
+_PIECE = 256 * 1024
 _NUMBER = 2**63
 _CELLS = frozenset((bool, float, int, str, type(None)))
 _AS_THEY_ARE = frozenset((bool, float, type(None)))
 _KINDS = "biufcmM"
 _DTYPE = re.compile(r"[<>|=][biufcmMSU][0-9]{1,9}(\[[0-9]{0,9}[a-zA-Z]{1,2}\])?")
+_COLUMN = re.compile(r"[<>|=]([biufc][0-9]{1,2}|[mM]8\[[mun]?s\])")
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '([^']{1,40})', 'fortran_order': (True|False), "
-    rb"'shape': \(([0-9, ]{0,500})\), \} *\n",
+    rb"'shape': \(([0-9, ]{0,500})\), \} {0,100}\n",
     re.DOTALL,
 )
 _TRAVEL = "numbers, strings, bytes, True, False, None, lists, tuples, dicts, NumPy's arrays and pandas' frames"
@@ -83,9 +95,11 @@ def encode(value: Any) -> list[Part]:
     """Return a value as parts, first the document; raise NotData, which says where, for what cannot travel."""
     encoder = _Encoder()
     text = json.dumps(encoder.encode(value, 0), separators=(",", ":")).encode()
+    advice = "return long lists of numbers as NumPy arrays"
     if len(text) > MAX_DOCUMENT:
-        problem = f"has {len(text)} bytes of JSON, at most {MAX_DOCUMENT} travel"
-        raise NotData(f"{problem}; return long lists of numbers as NumPy arrays")
+        raise NotData(f"has {len(text)} bytes of JSON, at most {MAX_DOCUMENT} travel; {advice}")
+    if (count := _value_count(text)) > MAX_VALUES:
+        raise NotData(f"has {count} values, by their brackets and commas, at most {MAX_VALUES} travel; {advice}")
     return [Part(DOCUMENT, memoryview(text)), *encoder.parts]
 
 
@@ -100,14 +114,26 @@ def decode(parts: Iterable[tuple[str, bytearray]]) -> Any:
         (kind, document), *others = parts
         if kind != DOCUMENT:
             raise ValueError("a document comes first")
+        if _value_count(document) > MAX_VALUES:
+            raise ValueError("too many values")
         decoder = _Decoder(others)
-        value = decoder.decode(json.loads(document, parse_int=_checked_int), 0)
+        text = document.decode("ascii")
+        value = decoder.decode(json.loads(text, parse_int=_checked_int, parse_float=_float), 0)
         decoder.finish()
     except ImportError:
         raise
     except Exception as error:
         raise frames.ProtocolError(f"data that is none: {type(error).__name__}: {str(error)[:200]}") from error
     return value
+
+
+def _value_count(document: bytes | bytearray) -> int:
+    return document.count(b"[") + document.count(b"{") + document.count(b",")
+
+
+def _float(digits: str) -> float:
+    # That this is Python's and not C lets other threads run between two numbers, which may take a microsecond each.
+    return float(digits)
 
 
 def _checked_int(digits: str) -> int:
@@ -123,6 +149,7 @@ class _Encoder:
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
+        self._columns = 0
         # What has not been imported has made no value.
         self._numpy, self._pandas = sys.modules.get("numpy"), sys.modules.get("pandas")
 
@@ -143,7 +170,7 @@ class _Encoder:
         if isinstance(value, complex):
             return {"complex": [value.real, value.imag]}
         if isinstance(value, str):
-            return str(value) if len(value) <= _LONG else self._beside(TEXT, value.encode(errors="surrogatepass"))
+            return str(value) if len(value) <= _LONG else self._text(value)
         if isinstance(value, bytes | bytearray):
             if len(value) > _LONG:
                 return self._beside(BYTES, value)
@@ -155,6 +182,12 @@ class _Encoder:
         if isinstance(value, dict):
             return self._dict(value, depth)
         raise NotData(f"is {_a(type(value).__name__)}; as data travel {_TRAVEL}")
+
+    def _text(self, value: str) -> dict[str, int]:
+        text = value.encode(errors="surrogatepass")
+        if len(text) > MAX_WIDE and not text.isascii():
+            raise NotData(f"is a text of {len(text)} bytes; at most {MAX_WIDE} travel of one that is not ASCII")
+        return self._beside(TEXT, text)
 
     def _beside(self, kind: str, *pieces: Any) -> dict[str, int]:
         self.parts.append(Part(kind, *(memoryview(piece) for piece in pieces)))
@@ -233,6 +266,7 @@ class _Encoder:
 
     def _index(self, index: Any) -> dict[str, Any]:
         assert self._pandas
+        self._count()
         kind = "levels"
         if isinstance(index, self._pandas.MultiIndex):
             values: Any = [self._column(index.get_level_values(number)) for number in range(index.nlevels)]
@@ -252,7 +286,8 @@ class _Encoder:
         """Return what stands for the values of a series or an index: an array, or a list of what they are."""
         import numpy
 
-        if isinstance(column.dtype, numpy.dtype) and column.dtype != object:
+        self._count()
+        if isinstance(column.dtype, numpy.dtype) and _COLUMN.fullmatch(column.dtype.str):
             return self._array(column.to_numpy())
         if column.dtype == "string":
             return {"strings": [value if isinstance(value, str) else None for value in column]}
@@ -266,12 +301,18 @@ class _Encoder:
                 raise error.within(f"[{number}]") from None
         return cells
 
+    def _count(self) -> None:
+        self._columns += 1
+        if self._columns > MAX_COLUMNS:
+            raise NotData(f"is one column, index or level of a frame too many; at most {MAX_COLUMNS} travel")
+
 
 class _Decoder:
     """Make a value of a document and the parts beside it, all of which may be forged."""
 
     def __init__(self, parts: list[tuple[str, bytearray]]) -> None:
         self._parts = dict(enumerate(parts, 1))
+        self._columns = 0
 
     def finish(self) -> None:
         """Raise an error unless each part was used."""
@@ -317,7 +358,12 @@ class _Decoder:
         return data
 
     def _text(self, content: Any, depth: int) -> str:
-        return self._part(TEXT, content).decode(errors="surrogatepass")
+        data = self._part(TEXT, content)
+        if len(data) > MAX_WIDE and not data.isascii():
+            raise ValueError("too large")
+        # In pieces, between which other threads run: half a character takes a hundred times as long as a whole one.
+        pieces = (bytes(data[start : start + _PIECE]) for start in range(0, len(data), _PIECE))
+        return "".join(codecs.iterdecode(pieces, "utf-8", "surrogatepass"))
 
     def _bytes(self, content: Any, depth: int) -> bytes:
         return bytes(self._part(BYTES, content))
@@ -355,25 +401,31 @@ class _Decoder:
     def _series(self, content: Any, depth: int) -> Any:
         import pandas
 
-        (name,), index, column = content
-        return pandas.Series(self._column(column), self._index(index), name=_cell(name), copy=False)
+        (name,), rows, column = content
+        index = self._index(rows)
+        return pandas.Series(self._column(column, len(index)), index, name=_cell(name), copy=False)
 
     def _frame(self, content: Any, depth: int) -> Any:
         import pandas
 
-        labels, index, columns = content
-        values = {number: self._column(column) for number, column in enumerate(_checked(columns, list))}
-        frame = pandas.DataFrame(values, self._index(index), copy=False)
+        labels, rows, columns = content
+        index = self._index(rows)
+        values = {number: self._column(column, len(index)) for number, column in enumerate(_checked(columns, list))}
+        frame = pandas.DataFrame(values, index, copy=False)
         frame.columns = self._index(labels)
         return frame
 
     def _index(self, content: Any) -> Any:
         import pandas
 
+        self._count()
         names = [_cell(name) for name in content.pop("names")]
         ((kind, values),) = content.items()
         if kind == "levels":
-            return pandas.MultiIndex.from_arrays([self._column(level) for level in values], names=names)
+            first = self._column(values[0])
+            columns = [first, *(self._column(level, len(first)) for level in values[1:])]
+            levels, codes = zip(*map(_level, columns), strict=True)
+            return pandas.MultiIndex(levels, codes, names=names, verify_integrity=False)
         (name,) = names
         if kind == "values":
             return pandas.Index(self._column(values), name=name)
@@ -384,7 +436,15 @@ class _Decoder:
             raise ValueError("too large")
         return pandas.RangeIndex(start, stop, step, name=name)
 
-    def _column(self, content: Any) -> Any:
+    def _column(self, content: Any, length: int | None = None) -> Any:
+        """Return the values of a series or an index; pandas would repeat a single one to any length."""
+        self._count()
+        column = self._values(content)
+        if column.ndim != 1 or length not in (None, len(column)):
+            raise ValueError("a column of another shape")
+        return column
+
+    def _values(self, content: Any) -> Any:
         import pandas
 
         if isinstance(content, list):
@@ -392,7 +452,15 @@ class _Decoder:
         ((kind, values),) = content.items()
         if kind == "strings":
             return pandas.array([value and _checked(value, str) for value in values], dtype="string")
-        return self._array({ARRAY: values}[kind], 0)
+        array = self._array({ARRAY: values}[kind], 0)
+        if not _COLUMN.fullmatch(array.dtype.str):
+            raise ValueError("an array that pandas would convert")
+        return array
+
+    def _count(self) -> None:
+        self._columns += 1
+        if self._columns > MAX_COLUMNS:
+            raise ValueError("too many columns")
 
     _known: ClassVar[dict[str, Callable[[_Decoder, Any, int], Any]]] = {
         "dict": _dict,
@@ -431,6 +499,27 @@ def _check_content(dtype: Any, array: Any) -> None:
         raise ValueError("a truth value that is neither true nor false")
     if dtype.kind == "U" and (flat.view(numpy.dtype("u4").newbyteorder(dtype.byteorder)) > sys.maxunicode).any():
         raise ValueError("a character that is none")
+
+
+def _level(column: Any) -> tuple[Any, Any]:
+    """Return the distinct values of an index's level and their numbers.
+
+    As `pandas.factorize`, but without its hashes: for a million numbers of one hash it takes half an hour.
+    """
+    import numpy
+    import pandas
+
+    there = ~pandas.isna(column)
+    codes = numpy.full(len(column), -1)
+    if isinstance(column, numpy.ndarray):
+        values, codes[there] = numpy.unique(column[there], return_inverse=True)
+        return pandas.Index(values), codes
+    values = list(dict.fromkeys(column[there]))
+    with contextlib.suppress(TypeError):  # numbers and strings have no order
+        values = list(heapq.merge(*(sorted(values[start : start + _LONG]) for start in range(0, len(values), _LONG))))
+    numbers = {value: number for number, value in enumerate(values)}
+    codes[there] = [numbers[value] for value in column[there]]
+    return pandas.Index(values, dtype=str(column.dtype)), codes
 
 
 def _checked(value: Any, kind: type[Any]) -> Any:

@@ -37,7 +37,7 @@ class Result:
         self.data: list[tuple[str, bytearray]] = []
         self.as_data = results == data.DATA
         self._begun = False
-        self._outputs = outputs
+        self._outputs = set(outputs)
         self._root = root
         self._files: list[files.NewFile] = []
         self._sinks: list[tuple[int, Callable[[bytes], object]]] = []
@@ -72,6 +72,7 @@ class Result:
                 raise frames.ProtocolError("a second document, or one that is too long")
             self.data.append((kind, sink))
         elif kind == "output" and isinstance(path, str) and path in self._outputs and isinstance(mode, int):
+            self._outputs.remove(path)
             new = files.NewFile(self._root, path, mode & 0o777)
             self._files.append(new)
             return new.write

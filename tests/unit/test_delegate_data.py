@@ -8,6 +8,8 @@ import os
 import pickle
 import struct
 import sys
+import threading
+import time
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ from delegate_function import (
     frames,
 )
 from delegate_function.data import MAX_DEPTH, NotData
+from delegate_function.returned import Result
 
 SRC = Path(delegate_function.__file__).parents[1]
 Pair = namedtuple("Pair", "one two")
@@ -159,6 +162,8 @@ def _frames() -> dict[str, Any]:
         "columns of one name": pd.DataFrame(np.arange(6).reshape(2, 3), columns=["x", "x", 7]),
         "columns of several levels": plain.groupby("n").agg({"x": ["min", "max"], "yes": ["sum"]}),
         "no rows": plain.iloc[:0],
+        "levels with what is missing": plain.set_index([pd.Index([0.5, math.nan, -1]), "mixed", "when", "yes"]),
+        "levels of pandas' own strings": plain.astype({"s": "string"}).set_index(["s", "n"]),
         "no columns": plain[[]],
         "nothing": pd.DataFrame(),
     }
@@ -173,6 +178,19 @@ def test_frames_come_back_equal(name: str) -> None:
 def test_series_come_back_equal() -> None:
     for series in (pd.Series([1.5, 2], name="x"), pd.Series(["a", "b"], index=[3, 5]), pd.Series([], dtype=int)):
         pd.testing.assert_series_equal(_there_and_back({"s": series})["s"], series)
+
+
+def test_levels_come_back_in_their_order() -> None:
+    labels = [f"{number * 7919 % 100_003}" for number in range(100_003)]
+    frame = pd.DataFrame({"x": 1}, pd.MultiIndex.from_arrays([labels, range(100_003)]))
+    back = _there_and_back(frame)
+    assert back.index.levels[0].is_monotonic_increasing
+    pd.testing.assert_frame_equal(back, frame)
+
+
+def test_a_text_comes_back_whose_pieces_end_within_a_character() -> None:
+    for text in ("a" + "\U0001f600" * 600_000, "ab" + "\ud800" * 700_000, "a" * 3_000_000):
+        assert _there_and_back(text) == text
 
 
 # What does not.
@@ -194,6 +212,7 @@ NOT_DATA: dict[str, tuple[Any, str]] = {
     "a structured array": (np.zeros(2, "i4,f8"), "result is an array of .*'f0'"),
     "a masked array": (np.ma.array([1]), "result is a MaskedArray"),
     "a column of categories": (pd.DataFrame({"c": pd.Categorical(["a"])}), r"result\['c'\] is a column of category"),
+    "a column of bytes": (pd.Series(np.array([b"x"])), r"result is a column of \|S1; convert it with astype"),
     "an object in a column": (pd.DataFrame({"c": [1, {}]}), r"result\['c'\]\[1\] is a dict; only numbers"),
     "too deep": (_nested(MAX_DEPTH + 1), f"more than {MAX_DEPTH} levels deep"),
     "a function": (len, "result is a builtin_function_or_method"),
@@ -226,6 +245,29 @@ def test_what_is_too_large_is_refused_with_its_size(monkeypatch: pytest.MonkeyPa
         data.encode([np.arange(3)] * 3)
 
 
+def test_as_much_as_allowed_comes_back_and_more_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_VALUES", 100)
+    assert _there_and_back([1] * 100) == [1] * 100
+    with pytest.raises(NotData, match=r"has 101 values, .* at most 100 travel; return long lists"):
+        data.encode([[1]] * 50 + [1])
+    monkeypatch.setattr(data, "MAX_COLUMNS", 4)
+    assert _there_and_back(pd.DataFrame({"a": ["x"]})).shape == (1, 1)
+    with pytest.raises(NotData, match=r"is one column, .* too many; at most 4 travel"):
+        data.encode(pd.DataFrame({"a": ["x"], "b": ["y"]}))
+    monkeypatch.setattr(data, "MAX_WIDE", 140_000)
+    wide = "é" * 70_000
+    assert _there_and_back([wide, "a" * 200_000])[0] == wide
+    with pytest.raises(NotData, match=r"result\[0\] is a text of 140001 bytes; at most 140000 travel of one that"):
+        data.encode([wide + "a"])
+
+
+def test_a_wide_text_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = _sent("é" * 70_000)
+    monkeypatch.setattr(data, "MAX_WIDE", 139_999)
+    with pytest.raises(frames.ProtocolError, match="too large"):
+        data.decode(parts)
+
+
 # What is forged.
 
 
@@ -247,6 +289,15 @@ def _saved(array: Any) -> bytes:
     np.save(file, array, allow_pickle=True)
     return file.getvalue()
 
+
+def _series(index: str, column: str = "[1]") -> str:
+    return f'{{"series": [[null], {index}, {column}]}}'
+
+
+_RANGE = '{"range": [0, 1, 1], "names": [null]}'
+_NONE = '{"range": [0, 0, 1], "names": [null]}'
+_LABELS = '{"range": [0, 10001, 1], "names": [null]}'
+_MANY = '{"range": [0, 100000000, 1], "names": [null]}'
 
 FORGED: dict[str, list[tuple[str, bytes]]] = {
     "nothing": [],
@@ -306,6 +357,31 @@ FORGED: dict[str, list[tuple[str, bytes]]] = {
     "an index of an unknown kind": _document('{"series": [[null], {"eval": [1], "names": [null]}, [1]]}'),
     "a column of an unknown kind": _document('{"series": [[null], {"values": [0], "names": [null]}, {"eval": 1}]}'),
     "a column with an object": _document('{"series": [[null], {"values": [0], "names": [null]}, [{"int": "1"}]]}'),
+    "too many values": _document("[" + "[]," * 500_000 + "1]"),
+    "too many columns": _document(f'{{"frame": [{_LABELS}, {_NONE}, [{"[]," * 10_000}[]]]}}'),
+    "too many series": _document("[" + f"{_series(_RANGE)}, " * 5_001 + "1]"),
+    "a document that is not ASCII": _document('"é"'),
+    "a document in UTF-16": [("data", '"x"'.encode("utf-16"))],
+    "a header of very many spaces": _array(
+        _npy("<f8", "(0,)", length=1100).replace(b"}\n", b"}" + b" " * 1042 + b"\n"),
+    ),
+    "one cell for very many rows": [
+        ("data", _series(_MANY, '{"array": 1}').encode()),
+        ("array", _npy("<f8", "()", bytes(8))),
+    ],
+    "a frame of one cell for very many rows": [
+        ("data", f'{{"frame": [{{"values": [1], "names": [1]}}, {_MANY}, [{{"array": 1}}]]}}'.encode()),
+        ("array", _npy("<f8", "()", bytes(8))),
+    ],
+    "a column of characters": [
+        ("data", _series(_RANGE, '{"array": 1}').encode()),
+        ("array", _npy("<U1", "(1,)", bytes(4))),
+    ],
+    "a column of days": [
+        ("data", _series(_RANGE, '{"array": 1}').encode()),
+        ("array", _npy("<M8[D]", "(1,)", bytes(8))),
+    ],
+    "levels of different lengths": _document(_series('{"levels": [[1], []], "names": [null, null]}')),
     "strings that are none": _document(
         '{"series": [[null], {"values": [0], "names": [null]}, {"strings": [{"int": "1"}]}]}'
     ),
@@ -316,6 +392,54 @@ FORGED: dict[str, list[tuple[str, bytes]]] = {
 def test_forged_data_is_refused(parts: list[tuple[str, bytes]]) -> None:
     with pytest.raises(frames.ProtocolError, match="data that is none"):
         data.decode([(kind, bytearray(content)) for kind, content in parts])
+
+
+def test_numbers_that_pandas_hashes_alike_are_no_trouble_in_a_level() -> None:
+    high = np.arange(100_000, dtype="u8")  # of pandas' hash of 32 bits, a sum of shifted keys, these make nothing
+    low = (high ^ (high << np.uint64(11)) ^ (high << np.uint64(22))) & np.uint64(0xFFFFFFFF)
+    content = _npy("<i8", "(100000,)", ((high << np.uint64(33)) | low).tobytes())
+    document = _series('{"levels": [{"array": 1}], "names": [null]}', '{"array": 2}')
+    began = time.monotonic()
+    series = data.decode([("data", bytearray(document.encode())), *[("array", bytearray(content))] * 2])
+    assert time.monotonic() - began < 3  # with hashes it takes twenty
+    assert series.index.get_level_values(0).to_numpy().tobytes() == series.to_numpy().tobytes()
+
+
+_NUMBERS = json.dumps([number * 2_654_435_761 % 2**32 * (1 if number % 2 else 0.5) for number in range(225_000)])
+
+SLOW: dict[str, list[tuple[str, bytes]]] = {
+    "numbers": _document("[" + "1.2345678901234567e-300," * 450_000 + "1]"),
+    "half characters": [("data", b'{"text": 1}'), ("text", b"\xed\xa0\x80" * 2_000_000)],
+    "labels": _document(f'{{"frame": [{_NONE}, {{"names": [null], "levels": [{_NUMBERS}]}}, []]}}'),
+}
+
+
+def _longest_wait(parts: list[tuple[str, bytes]]) -> float:
+    """Return for which part of the time that it takes to decode this, another thread has to wait at once."""
+    seen: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch)
+    began = time.monotonic()
+    watcher.start()
+    try:
+        data.decode([(kind, bytearray(content)) for kind, content in parts])
+    finally:
+        ended = time.monotonic()
+        done.set()
+        watcher.join()
+    waits = [after - before for before, after in zip([began, *seen], [*seen, ended], strict=True)]
+    return max(waits) / (ended - began)
+
+
+@pytest.mark.parametrize("parts", SLOW.values(), ids=SLOW.keys())
+def test_other_threads_run_while_data_is_decoded(parts: list[tuple[str, bytes]]) -> None:
+    waits = [_longest_wait(parts) for _ in range(3)]
+    assert min(waits) < 1 / 8  # a machine that does other things can prolong one or another
 
 
 @settings(max_examples=500, deadline=None)
@@ -552,6 +676,17 @@ LIES: dict[str, tuple[list[tuple[str, Any]], str]] = {
 def test_a_lie_is_found_out(tmp_path: Path, said: list[tuple[str, Any]], found: str) -> None:
     with pytest.raises(HopFailed, match=f"sent what does not belong there: .*{found}"):
         _lying(tmp_path, *said).call(Thing(), "change", [1], results="data")
+
+
+def test_a_file_comes_once(tmp_path: Path) -> None:
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    result = Result(["x"], root, data.DATA)
+    part = {"kind": "output", "path": "x", "size": 0, "mode": 0o600}
+    with pytest.raises(frames.ProtocolError, match="not asked for: 'output'"):
+        result.begin({"parts": [part, part]})
+    result.discard()
+    os.close(root)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_result_beyond_all_bounds_is_refused_before_it_comes(tmp_path: Path) -> None:
