@@ -211,7 +211,7 @@ def test_what_a_kernel_says_goes_over_no_network(cluster: LiveCluster) -> None:
         )
         table = cluster.user("cat /proc/net/tcp /proc/net/tcp6", OTHER).ok()
         listening = re.findall(r":([0-9A-F]{4}) [0-9A-F]+:0000 0A \S+ \S+ \S+ +1000 ", table)
-        # One more is the kernel's pipe for what its children print, which takes and tells nothing (ipykernel/iostream.py).
+        # One more is the kernel's pipe for what its children print, which only takes (ipykernel/iostream.py).
         assert len({int(port, 16) for port in listening} - {8888}) <= 1
     finally:
         Visitor(cluster).ask("DELETE", f"/api/kernels/{kernel}", **authorization)
