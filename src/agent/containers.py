@@ -35,6 +35,7 @@ from agent.container_shape import (
 from agent.engine import Command, Engine, EngineError
 from agent.grants import Grant, Grants
 from agent.quiet import Quiet
+from agent.turns import Turns
 from agent.user_images import Registry, UserImages, full_name
 from agent.wire import Refused
 
@@ -46,6 +47,7 @@ _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _LOOK_S = 0.5
 _GRACE_S = 1
 _STOPPED_S = 10.0
+_ALONE_S = 30.0
 _ADOPTION_S = 5.0
 _SWEEP_S = 2.0
 _DISK_LOOK_S = 30.0
@@ -119,7 +121,7 @@ class Containers:
             bases=policy.images.values(),
         )
         self._changed = threading.Condition()
-        self._busy: set[str] = set()
+        self._turns = Turns[str](self._changed)
         self._held: dict[str, _Held] = {}  # by the engine's name
         self._reporting = threading.Lock()
         self._giving = threading.Lock()  # ports and GPUs
@@ -491,7 +493,7 @@ class Containers:
     def _others(self, uid: int, name: str) -> int:
         """Return how many other containers the user has, with those that are being created just now."""
         with self._changed:
-            busy = {key for key in self._busy if key.startswith(engine_name(uid, ""))}
+            busy = {key for key in self._turns.taken if key.startswith(engine_name(uid, ""))}
         there = {engine_name(uid, found["Labels"][NAME_LABEL]) for found in self._listed_of(uid)}
         return len((busy | there) - {engine_name(uid, name)})
 
@@ -520,20 +522,10 @@ class Containers:
                     return Owner(uid, home.st_gid, user)
         raise Refused("user", f"user {uid} has no home directory {wire.shown(user)} here")
 
-    @contextlib.contextmanager
-    def _alone(self, uid: int, name: str) -> Iterator[None]:
+    def _alone(self, uid: int, name: str) -> contextlib.AbstractContextManager[None]:
         """Let nobody else create, start or remove this container meanwhile."""
-        key = _key(uid, name)
-        with self._changed:
-            if not self._changed.wait_for(lambda: key not in self._busy, timeout=30):
-                raise Refused("busy", f"container {name} is being created, started or removed")
-            self._busy.add(key)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy.remove(key)
-                self._changed.notify_all()
+        refusal = f"container {name} is being created, started or removed"
+        return self._turns.take(_key(uid, name), timeout_s=_ALONE_S, refusal=refusal)
 
     def _told(self, container: Mapping[str, Any]) -> dict[str, Any]:
         identifier, labels = str(container["Id"]), container["Labels"]
@@ -578,7 +570,7 @@ class Containers:
         labels = container["Labels"]
         with self._changed:
             key = engine_name(int(labels[UID_LABEL]), labels[NAME_LABEL])
-            if key in self._busy or key in self._held:
+            if key in self._turns.taken or key in self._held:
                 return
         log.warning("container %.12s runs in no job: it is stopped", container["Id"])
         self._engine.stop(container["Id"], grace_s=_GRACE_S)

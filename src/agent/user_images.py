@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from agent.container_shape import USER_LABEL
 from agent.engine import Engine, EngineError
+from agent.turns import Turns
 from agent.wire import Refused, shown
 
 ACCOUNT = "cfiddle"
@@ -109,8 +110,7 @@ class UserImages:
         self._per_user = per_user
         self._most_mb = most_mb
         self._bases = tuple(bases)
-        self._changed = threading.Condition()
-        self._busy: set[int] = set()
+        self._turns = Turns[int](threading.Condition())
 
     def listed(self, uid: int) -> list[dict[str, Any]]:
         """Return the user's images on this machine, by name; root gets everybody's."""
@@ -190,21 +190,10 @@ class UserImages:
         if digest := registry.digest(image.repository, image.tag):
             registry.delete(image.repository, digest)
 
-    @contextlib.contextmanager
-    def _turn(self, uid: int) -> Iterator[None]:
+    def _turn(self, uid: int) -> contextlib.AbstractContextManager[None]:
         """Let the images of one user become more one by one: each is checked against all that are here."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: uid not in self._busy, _TURN_S):
-                raise Refused(
-                    "busy", "another image of yours is being made or fetched on this machine; try again later"
-                )
-            self._busy.add(uid)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy.remove(uid)
-                self._changed.notify_all()
+        refusal = "another image of yours is being made or fetched on this machine; try again later"
+        return self._turns.take(uid, timeout_s=_TURN_S, refusal=refusal)
 
     @contextlib.contextmanager
     def _one_more(self, uid: int, reference: str) -> Iterator[None]:
