@@ -109,7 +109,7 @@ def tune(config: Config, state: State, workers: Iterable[Machine], say: Callable
         if not found:
             say(f"{fact.name}: all is as it should be")
     changed = [name for name, changes in wanted.items() if changes]
-    for name in sorted(changed, key=_works):
+    for name in _idle_first(changed):
         changes = wanted[name]
         with _free_of_jobs(name, say):
             # Before the first change: should this be interrupted, it is known what was.
@@ -131,7 +131,7 @@ def undo(config: Config, state: State, workers: Iterable[Machine], say: Callable
     before: dict[str, dict[str, str]] = state.read_json(RECORDS, {})
     there = {fact.name: fact for fact in _look(config, workers)} if before else {}
     changed = [name for name in there if before.get(name)]
-    for name in sorted(changed, key=_works):
+    for name in _idle_first(changed):
         with _free_of_jobs(name, say):
             failed = _put_back(there[name], before[name], say)
             before = {**before, name: {file: before[name][file] for file in failed}}
@@ -202,10 +202,10 @@ def _free_of_jobs(name: str, say: Callable[[str], None]) -> Iterator[None]:
         slurm.resume(name for name, node in slurm.nodes().items() if node.reason == REASON)
 
 
-def _works(name: str) -> bool:
-    """Return whether jobs run on a node."""
-    node = slurm.nodes().get(name) if slurm.is_answering() else None
-    return node is not None and node.state in slurm.WORKING
+def _idle_first(names: Sequence[str]) -> list[str]:
+    """Return the nodes, those on which no job runs before the others."""
+    nodes = slurm.nodes() if names and slurm.is_answering() else {}
+    return sorted(names, key=lambda name: name in nodes and nodes[name].state in slurm.WORKING)
 
 
 def _register_again(machine: Machine) -> None:
