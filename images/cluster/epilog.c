@@ -63,7 +63,10 @@ static void kill_job(void) {
     }
 }
 
-static void clean(void) { execle(CLEAN, CLEAN, NULL, (char *[]){"PATH=/usr/bin:/bin", NULL}); }
+static void clean(void) {
+    execle(CLEAN, CLEAN, NULL, (char *[]){"PATH=/usr/bin:/bin", NULL});
+    err(1, "%s", CLEAN);
+}
 
 // Tests of an entry of a directory, for any().
 static int is_alive(const char *directory, const char *pid) {

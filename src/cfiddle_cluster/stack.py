@@ -57,6 +57,8 @@ DRAIN_REASON = "cfiddle: a new version is being deployed"
 DRAIN_TIMEOUT_S = 24 * 3600.0
 """Seconds that running jobs are waited for: the longest time limit that conf/slurm.conf allows."""
 START_TIMEOUT_S = 180.0
+USERHOST_SHARE = 0.75
+"""Of the head's memory, for all programs on the users' node together."""
 
 _DEFINITION = "cfiddle.definition"
 _LABELS = {"cfiddle.cluster": CLUSTER, "cfiddle.stack": STACK}
@@ -293,12 +295,17 @@ def _values(config: Config, references: Mapping[str, str], names: Mapping[str, s
         "USER_REGISTRY": registry.users_address(config),
         "USER_REGISTRY_PORT": str(config.user_registry_port),
         "SSH_PORT": _number(config.ssh_port),
+        "USERHOST_MEMORY_GB": str(max(1, int(USERHOST_SHARE * _memory_bytes() / 2**30))),
         "SLURMD_CPUS": _number(config.local_worker_cpus) if config.simulated else "",
         "SLURMD_MEMORY_MB": _number(config.local_worker_memory_mb) if config.simulated else "",
         "SLURMD_BUFFER_CPUS": str(buffer.cpus),
         "SLURMD_BUFFER_MEMORY_MB": str(buffer.memory_mb),
     }
     return values | definitions(_compose(config), values)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _number(value: int) -> str:

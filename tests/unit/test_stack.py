@@ -128,6 +128,15 @@ def test_no_service_is_replaced_because_it_starts_slowly(monkeypatch: pytest.Mon
     assert {check.get("interval") for check in checks} == {"60s" if patience == 12 else None}
 
 
+@pytest.mark.parametrize(("head_gib", "gigabytes"), [(1, "1"), (4, "3"), (23.4, "17"), (512, "384")])
+def test_users_node_leaves_a_quarter_of_the_head_s_memory(
+    monkeypatch: pytest.MonkeyPatch, head_gib: float, gigabytes: str
+) -> None:
+    monkeypatch.setattr(stack, "_memory_bytes", lambda: int(head_gib * 2**30))
+    assert values()["USERHOST_MEMORY_GB"] == gigabytes
+    assert SERVICES["userhost"]["deploy"]["resources"]["limits"] == {"memory": "${USERHOST_MEMORY_GB}G"}
+
+
 def test_what_the_policy_keeps_free_is_told_to_slurmd() -> None:
     free = values(Buffer(cpus=2, memory_mb=1024))
     assert (free["SLURMD_BUFFER_CPUS"], free["SLURMD_BUFFER_MEMORY_MB"]) == ("2", "1024")
