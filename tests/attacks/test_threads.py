@@ -2,7 +2,7 @@
 
 from live import LiveCluster
 
-MOST = 8192
+MOST = 4096
 
 # Threads, for they are counted as processes are, and weigh little.
 BOMB = f"""
