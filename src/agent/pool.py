@@ -3,6 +3,9 @@
 Both are work that would spoil a measurement, so it is done while none runs. One that is being made when a measurement
 begins stands still until it is over, or until a call takes it. A used one, in which nothing runs any more, is removed
 then too, or with the end of its job, or when too many wait.
+
+A lease's calls that follow each other at once leave no such time, and use up the pool. Then, while one of them waits
+for its sandbox, others are made beside it, on the CPUs that it leaves, and the call begins when that has come to rest.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from agent import duty
@@ -32,24 +35,31 @@ _SETTLE_S = 0.02
 _WORKING_LOOK_S = 0.005
 _IDLE_LOOK_S = 0.1
 _MOST_USED = 8
+_REST_S = 1.0
+"""How long a call waits at most for what is done beside it to come to rest."""
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
 
 log = logging.getLogger("agent")
 
 
 class _Making:
-    """A sandbox that is being made for the pool.
+    """A sandbox that is being made for the pool, or for a call.
 
     Attributes:
         claimed: a call waits for it.
-        sandbox: what came of it, once it is over.
+        rests: nothing is done for it now.
+        sandbox, problem: what came of it, once it is over.
         wake, over: descriptors that become readable when it may have to stop or go on, and when it is over.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, limits: Limits, cpus: str, *, claimed: bool) -> None:
         self.profile = profile
-        self.claimed = False
+        self.limits = limits
+        self.cpus = cpus
+        self.claimed = claimed
+        self.rests = False
         self.sandbox: Sandbox | None = None
+        self.problem: Exception | None = None
         self.wake = os.eventfd(0)
         self.over = os.eventfd(0)
 
@@ -64,11 +74,7 @@ class _Used(NamedTuple):
     grant: Grant
 
 
-class _Closed(Exception):
-    """The agent ends."""
-
-
-_EXPECTED = (EngineError, SandboxError, OSError, _Closed)
+_EXPECTED = (EngineError, SandboxError, OSError)
 
 
 class _Trouble:
@@ -103,6 +109,8 @@ class Pool:
         self._at_once = len(os.sched_getaffinity(0))
         self._changed = threading.Condition()
         self._calm = False
+        self._urgent = False
+        self._waiting = 0
         self._closed = False
         self._making: list[_Making] = []
         self._ready: list[Sandbox] = []
@@ -130,14 +138,18 @@ class Pool:
             EngineError, SandboxError: there is none to be had.
             Abandoned: nobody waits any more.
         """
-        sandbox = self._take_ready(profile) or self._take_half_made(profile, waiter)
-        sandbox = sandbox or self._make_now(profile, limits, cpus, waiter)
-        try:
-            with self._quiet.broken():
-                sandbox.lower(limits, cpus)
-                yield sandbox
-        finally:
-            self._take_back(sandbox, job, grant)
+        with contextlib.ExitStack() as stack:
+            if sandbox := self._take_ready(profile):
+                stack.callback(self._take_back, sandbox, job, grant)
+                stack.enter_context(self._quiet.broken())
+            else:
+                with self._pressing():
+                    sandbox = self._take_half_made(profile, waiter) or self._make_now(profile, limits, cpus, waiter)
+                    stack.callback(self._take_back, sandbox, job, grant)
+                    stack.enter_context(self._quiet.broken())
+                self._wait_for_rest()
+            sandbox.lower(limits, cpus)
+            yield sandbox
 
     def close(self) -> None:
         """Make no more; what is there already is left to whoever ends all sandboxes."""
@@ -155,6 +167,18 @@ class Pool:
                     return sandbox
         return None
 
+    @contextlib.contextmanager
+    def _pressing(self) -> Iterator[None]:
+        """Say that a call waits for its sandbox, or is about to begin, as long as this context lasts."""
+        with self._changed:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._rouse()
+
     def _take_half_made(self, profile: Profile, waiter: socket.socket) -> Sandbox | None:
         with self._changed:
             making = next((found for found in self._making if found.profile is profile and not found.claimed), None)
@@ -162,30 +186,39 @@ class Pool:
                 return None
             making.claimed = True
             self._rouse()
+        self._wait_for(making, waiter)
+        return making.sandbox
+
+    def _make_now(self, profile: Profile, limits: Limits, cpus: str, waiter: socket.socket) -> Sandbox:
+        with self._changed:
+            making = self._begin(profile, limits, cpus, claimed=True)
+            self._rouse()
+        self._wait_for(making, waiter)
+        if making.sandbox is None:
+            raise making.problem or SandboxError("it was not made")
+        return making.sandbox
+
+    def _wait_for(self, making: _Making, waiter: socket.socket) -> None:
+        """Wait until one that a call has claimed is over; it is the pool's again if nobody waits any more."""
         poller = select.poll()
         poller.register(making.over, select.POLLIN)
         poller.register(waiter, select.POLLIN)
         ready = [fd for fd, _ in poller.poll()]
+        if waiter.fileno() not in ready:
+            return
         with self._changed:
-            if waiter.fileno() not in ready:
-                return making.sandbox
             making.claimed = False
             if making.sandbox:
                 self._keep_ready(making.sandbox)
             self._rouse()
         raise Abandoned
 
-    def _make_now(self, profile: Profile, limits: Limits, cpus: str, waiter: socket.socket) -> Sandbox:
-        sandbox = self._sandboxes.create(profile, limits, cpus=cpus)
-        try:
-            sandbox.start()
-            # It prepares nothing: the call imports what it needs.
-            if not sandbox.wait_until(State.CONNECTED, timeout_s=_BOOT_S, wake=waiter.fileno()):
-                raise Abandoned
-        except BaseException:
-            self._discard(sandbox)
-            raise
-        return sandbox
+    def _wait_for_rest(self) -> None:
+        """Wait until nothing is done beside the call that begins now: what the engine has begun, it ends first."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._removals and all(making.rests or making.claimed for making in self._making), _REST_S
+            )
 
     # What is kept ready
 
@@ -219,14 +252,15 @@ class Pool:
             if not (missing or self._making or self._used):
                 return min(retries, default=None)
             lasted_s = self._quiet.lasted_s()
-            calm = lasted_s is not None and lasted_s >= _SETTLE_S
-            if calm != self._calm:
-                self._calm = calm
+            urgent = lasted_s is not None and any(making.claimed for making in self._making)
+            calm = lasted_s is not None and lasted_s >= _SETTLE_S and not self._waiting
+            if (calm, urgent) != (self._calm, self._urgent):
+                self._calm, self._urgent = calm, urgent
                 self._rouse()
             self._give_to_remove()
-            if calm and not self._closed:
+            if (calm or urgent) and not self._closed:
                 for profile in missing[: max(0, self._at_once - len(self._making))]:
-                    self._begin(profile)
+                    self._begin(profile, profile.limits, profile.limits.cpus_in(""))
             if lasted_s is None:
                 return _IDLE_LOOK_S
             if not calm:
@@ -244,33 +278,33 @@ class Pool:
             self._trouble[sandbox.profile.name].note(sandbox.profile.name, SandboxError("it ended while it waited"))
             self._discard(sandbox)
 
-    def _begin(self, profile: Profile) -> None:
-        making = _Making(profile)
+    def _begin(self, profile: Profile, limits: Limits, cpus: str, *, claimed: bool = False) -> _Making:
+        making = _Making(profile, limits, cpus, claimed=claimed)
         self._making.append(making)
         threading.Thread(target=self._make, args=(making,), daemon=True).start()
+        return making
 
     def _make(self, making: _Making) -> None:
         profile = making.profile
         sandbox: Sandbox | None = None
-        problem: Exception | None = None
         try:
-            sandbox = self._sandboxes.create(profile, profile.limits, cpus=profile.limits.cpus_in(""))
-            self._wait_for_leave(making)
+            sandbox = self._sandboxes.create(profile, making.limits, cpus=making.cpus)
+            self._wait_for_leave(making, sandbox)
             sandbox.start()
             self._boot(making, sandbox)
         except Exception as error:  # whatever it was: a call that waits for this one has to go on
-            problem = error
+            making.problem = error
             if sandbox:
                 self._discard(sandbox)
         with self._changed:
             self._making.remove(making)
-            if problem is None:
+            if making.problem is None:
                 self._trouble[profile.name].end(profile.name)
                 making.sandbox = sandbox
                 if sandbox and not making.claimed:
                     self._keep_ready(sandbox)
             elif not self._closed:
-                self._trouble[profile.name].note(profile.name, problem)
+                self._trouble[profile.name].note(profile.name, making.problem)
             self._rouse()
         os.eventfd_write(making.over, 1)
 
@@ -285,25 +319,31 @@ class Pool:
         """Let it boot while it may, and stand still while it may not."""
         left_s = _BOOT_S
         while True:
-            if not self._may_work(making):
+            if not self._may_work(making, sandbox):
                 sandbox.freeze()
-                self._wait_for_leave(making)
+                self._wait_for_leave(making, sandbox)
                 sandbox.thaw()
             began = time.monotonic()
-            wanted = State.CONNECTED if making.claimed else State.READY
-            if sandbox.wait_until(wanted, timeout_s=left_s, wake=making.wake):
+            wanted = State.READY if self._calm and not making.claimed else State.CONNECTED
+            if not sandbox.wait_until(wanted, timeout_s=left_s, wake=making.wake):
+                os.eventfd_read(making.wake)
+            elif making.claimed or sandbox.state is State.READY:
                 return
-            os.eventfd_read(making.wake)
             left_s -= time.monotonic() - began
 
-    def _may_work(self, making: _Making) -> bool:
-        if self._closed:
-            raise _Closed
-        return self._calm or making.claimed
+    def _may_work(self, making: _Making, sandbox: Sandbox) -> bool:
+        # To import what it shall takes longer than all before: that is for calm times alone.
+        return making.claimed or self._calm or (self._urgent and sandbox.state is State.MADE)
 
-    def _wait_for_leave(self, making: _Making) -> None:
+    def _wait_for_leave(self, making: _Making, sandbox: Sandbox) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._may_work(making))
+            if not self._may_work(making, sandbox):
+                making.rests = True
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or self._may_work(making, sandbox))
+            making.rests = False
+            if self._closed:
+                raise SandboxError("the agent ends")
 
     # What is removed
 
@@ -319,7 +359,8 @@ class Pool:
     def _give_to_remove(self) -> None:
         for used in list(self._used):
             over = self._grants.find(used.job) != used.grant
-            if over or (self._calm and not self._removals) or len(self._used) > _MOST_USED:
+            in_time = (self._calm or self._urgent) and not self._removals
+            if over or in_time or len(self._used) > _MOST_USED:
                 self._used.remove(used)
                 self._discard(used.sandbox)
 
@@ -333,4 +374,5 @@ class Pool:
             self._sandboxes.destroy(self._to_remove.get())
             with self._changed:
                 self._removals -= 1
+                self._changed.notify_all()
             os.eventfd_write(self._wake, 1)

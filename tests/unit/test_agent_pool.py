@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,75 @@ def test_within_a_lease_only_a_call_that_is_served_breaks_the_quiet(machine: Mac
         machine.wait_until_full()
 
 
+@pytest.fixture
+def used_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sandbox]]:
+    """Have the pool used up by the calls of a lease, job 7, that follow each other at once; return what they had."""
+    machine.sandboxes.boot()
+    machine.wait_until_full()
+    machine.grant(7)
+    grant = machine.grants.find(7)
+    assert grant
+    monkeypatch.setattr("agent.pool._SETTLE_S", 60)
+    with machine.quiet.lease(7, grant):
+        yield [machine.take(job=7, becomes=State.SERVED) for _ in range(3)]
+
+
+ASKED = LIMITS.lowered(1, 128)
+"""What a call asks for, so that what is made for it can be told from what is made beside it."""
+
+
+def _slow_engine(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, *, own: Callable[[], bool], beside: Callable[[], bool]
+) -> None:
+    """Have the engine be done with the sandbox of the call that waits, and with others, when that is so."""
+    starts = Sandbox.start
+
+    def slow(sandbox: Sandbox) -> None:
+        starts(sandbox)
+        machine.wait_for("the engine is done", own if sandbox.limits == ASKED else beside)
+
+    monkeypatch.setattr(Sandbox, "start", slow)
+
+
+def test_while_a_call_of_a_lease_waits_another_is_made_beside_it_for_the_next(
+    machine: Machine, used_up: list[Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others() -> list[Sandbox]:
+        return [sandbox for sandbox in machine.sandboxes.made[3:] if sandbox.limits != ASKED]
+
+    def is_all_done() -> bool:
+        return machine.sandboxes.destroyed == used_up and ["frozen"] in [other.said[1:] for other in others()]
+
+    _slow_engine(monkeypatch, machine, own=is_all_done, beside=lambda: True)
+    assert machine.take(job=7, limits=ASKED, becomes=State.SERVED).said == ["started"]
+    [beside] = others()
+    assert (beside.asked, beside.said) == (State.CONNECTED, ["started", "frozen"]), "imports can wait"
+    assert machine.take(job=7, becomes=State.SERVED) is beside
+    assert beside.said == ["started", "frozen", "thawed"]
+    monkeypatch.setattr("agent.pool._SETTLE_S", 0.02)
+    machine.wait_until_full()
+
+
+@pytest.mark.usefixtures("used_up")
+def test_a_call_that_waited_begins_when_what_was_begun_beside_it_has_come_to_rest(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    _slow_engine(monkeypatch, machine, own=begun.is_set, beside=lambda: begun.set() or ended.is_set())  # type: ignore[func-returns-value]
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(machine.take, job=7, limits=ASKED)
+        assert begun.wait(5)
+        with pytest.raises(TimeoutError):
+            call.result(0.3)
+        ended.set()
+        assert call.result(0.5).said == ["started"]
+
+
 def test_a_call_gets_what_it_asked_for(machine: Machine) -> None:
     machine.sandboxes.boot()
     machine.wait_until_full()
-    lowered = LIMITS.lowered(1, 128)
     machine.grant(7)
-    assert (machine.take(job=7).limits, machine.take(job=7, limits=lowered).limits) == (LIMITS, lowered)
+    assert (machine.take(job=7).limits, machine.take(job=7, limits=ASKED).limits) == (LIMITS, ASKED)
 
 
 def test_whoever_waited_and_left_leaves_an_unused_one(machine: Machine) -> None:
