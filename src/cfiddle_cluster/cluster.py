@@ -348,7 +348,7 @@ class Cluster:
                 slurm.set_down([name], "cfiddle: its machine is gone")
             else:
                 slurm.drain([name], "cfiddle: the worker is being removed")
-                slurm.wait_until_empty([name], timeout_s=stack.DRAIN_TIMEOUT_S)
+                slurm.wait_until_empty([name], timeout_s=stack.DRAIN_TIMEOUT_S, say=report.note)
         with report.step(f"take {name} out of the cluster"):
             swarm.unlabel_worker(name)
             wait_until(

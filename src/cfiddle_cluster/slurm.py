@@ -173,19 +173,20 @@ def resume(names: Iterable[str]) -> None:
 
 
 def wait_until_empty(
-    names: Iterable[str], *, timeout_s: float, say: Callable[[str], None] = lambda _jobs: None
+    names: Iterable[str], *, timeout_s: float, say: Callable[[str], None] = lambda _text: None
 ) -> None:
     """Wait until no job runs on the nodes and no epilog either.
 
     Args:
         names: the nodes.
         timeout_s: how long to wait, in seconds.
-        say: is told which jobs are waited for, at first and whenever they have become others.
+        say: is told for which jobs it waits, at first and whenever they have become others.
 
     Raises:
         ClusterError: jobs still run after that time.
     """
     wanted = set(names)
+    waiting = f"{next(iter(wanted))} is drained, and waits" if len(wanted) == 1 else "the workers are drained, and wait"
     said = ""
 
     def is_empty() -> bool:
@@ -195,7 +196,7 @@ def wait_until_empty(
         ]
         waited_for = ", ".join(f"{job.id} ({job.user})" for name in working for job in jobs(name))
         if waited_for not in ("", said):
-            say(waited_for)
+            say(f"{waiting} for jobs: {waited_for}")
             said = waited_for
         return not working
 

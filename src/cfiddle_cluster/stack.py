@@ -346,8 +346,4 @@ def _drain_if_changing(values: Mapping[str, str], say: Callable[[str], None]) ->
             )
         taking_jobs = [name for name, node in slurm.nodes().items() if node.is_answering and not node.is_drained]
         slurm.drain(taking_jobs, DRAIN_REASON)
-        slurm.wait_until_empty(
-            slurm.nodes(),
-            timeout_s=DRAIN_TIMEOUT_S,
-            say=lambda jobs: say(f"the workers are drained, and wait for jobs: {jobs}"),
-        )
+        slurm.wait_until_empty(slurm.nodes(), timeout_s=DRAIN_TIMEOUT_S, say=say)

@@ -192,11 +192,7 @@ def _free_of_jobs(name: str, say: Callable[[str], None]) -> Iterator[None]:
     try:
         if not (node and node.is_drained):
             slurm.drain([name], REASON)
-        slurm.wait_until_empty(
-            [name],
-            timeout_s=EMPTY_TIMEOUT_S,
-            say=lambda jobs: say(f"{name} is drained, and waits for jobs: {jobs}"),
-        )
+        slurm.wait_until_empty([name], timeout_s=EMPTY_TIMEOUT_S, say=say)
         yield
     finally:
         slurm.resume(name for name, node in slurm.nodes().items() if node.reason == REASON)

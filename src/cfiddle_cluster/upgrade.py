@@ -306,9 +306,7 @@ class _Rolling:
     def _wait_until_empty(self, name: str) -> None:
         drain_s = self.patience.drain_s
         try:
-            slurm.wait_until_empty(
-                [name], timeout_s=drain_s, say=lambda jobs: self.say(f"{name} is drained, and waits for jobs: {jobs}")
-            )
+            slurm.wait_until_empty([name], timeout_s=drain_s, say=self.say)
         except ClusterError as error:
             raise ClusterError(
                 f"{error.message}; {name} takes jobs again, and runs what it ran before",

@@ -114,7 +114,15 @@ def test_jobs_that_are_waited_for_are_said_once_and_again_when_they_are_others(t
     told.answers["squeue"] = [line(7) + line(8), line(7) + line(8), line(8)]
     said: list[str] = []
     slurm.wait_until_empty(["c1"], timeout_s=5, say=said.append)
-    assert said == ["7 (ada), 8 (ada)", "8 (ada)"]
+    assert said == [f"c1 is drained, and waits for jobs: {jobs}" for jobs in ("7 (ada), 8 (ada)", "8 (ada)")]
+
+
+def test_jobs_of_several_nodes_are_waited_for_in_one_sentence(told: Told) -> None:
+    told.answers["sinfo"] = ["c1|draining|x\nc2|drained|x\n", "c1|drained|x\nc2|drained|x\n"]
+    told.answers["squeue"] = ["7|ada|normal|RUNNING|1:00|c1\n"]
+    said: list[str] = []
+    slurm.wait_until_empty(["c1", "c2"], timeout_s=5, say=said.append)
+    assert said == ["the workers are drained, and wait for jobs: 7 (ada)"]
 
 
 def test_a_node_that_is_not_known_is_not_deleted(told: Told) -> None:

@@ -174,7 +174,7 @@ def test_slurm_s_parts_go_in_their_order_and_workers_one_by_one_drained_first(wo
     ]
     assert world.images() == {"new"}
     assert is_clean(world)
-    assert "c1 is drained, and waits for jobs: 7 (ada)" in world.said
+    assert "7 (ada)" in world.said
 
 
 def test_second_time_there_is_nothing_to_do(world: World) -> None:
