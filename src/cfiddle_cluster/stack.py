@@ -6,6 +6,7 @@ What a service runs from is named by its content, so a service changes when, and
 import hashlib
 import itertools
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -33,7 +34,7 @@ from cfiddle_cluster.services import (
     wait_until_healthy,
 )
 from cfiddle_cluster.state import State
-from cfiddle_cluster.wait import wait_until
+from cfiddle_cluster.wait import PATIENCE, wait_until
 
 SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority", "user-registry-password", "registry-key")
 CONFIGS = {
@@ -128,12 +129,14 @@ def put(config: Config, state: State, values: Mapping[str, str], names: Collecti
 
 
 def _compose(config: Config) -> dict[str, Any]:
-    """Return the stack file, with its health checks, and SSH to the users' node where config.sh has a port for it."""
+    """Return the stack file, with its health checks, patience, and SSH to the users' node where config.sh has a port for it."""
     stack: dict[str, Any] = yaml.safe_load((config.root / "docker-compose.yml").read_text())
     for service in stack["services"].values():
         service["healthcheck"] = {
             name: value if name == "retries" else f"{value}s" for name, value in health_check().items()
         }
+        if PATIENCE > 1:
+            service.setdefault("environment", {})["CFIDDLE_PATIENCE"] = str(math.ceil(PATIENCE))
     if config.ssh_port:
         more = yaml.safe_load((config.root / "conf" / "ssh-port.yml").read_text())
         stack["services"]["userhost"]["ports"] += more["services"]["userhost"]["ports"]

@@ -72,3 +72,16 @@ def test_health_check_that_hangs_has_failed(idle: Container) -> None:
     with pytest.raises(CommandError) as raised:
         idle.run("health", "sleep", "60")
     assert raised.value.returncode == 1
+
+
+def test_waiting_ends_when_the_command_succeeds_and_when_the_time_is_over(idle: Container) -> None:
+    looks = "echo x >>/tmp/looks; test $(wc -l </tmp/looks) = 5"
+    began = time.monotonic()
+    idle.run("wait-until", "60", "sh", "-c", looks)
+    assert time.monotonic() - began < 5
+    with pytest.raises(CommandError) as raised:
+        idle.run("env", "CFIDDLE_PATIENCE=3", "wait-until", "1", "sh", "-c", "date +%s.%N >>/tmp/times; false")
+    assert raised.value.returncode == 1
+    times = [float(line) for line in idle.run("cat", "/tmp/times").split()]
+    assert 1.5 < times[-1] - times[0] < 5, "patience makes it longer"
+    assert len(times) < 15, "and pauses grow"
