@@ -129,7 +129,7 @@ def put(config: Config, state: State, values: Mapping[str, str], names: Collecti
 
 
 def _compose(config: Config) -> dict[str, Any]:
-    """Return the stack file, with health checks, patience, and SSH to the users' node where config.sh has a port for it."""
+    """Return the stack file, with health checks, patience, and SSH to the users' node where config.sh has a port."""
     stack: dict[str, Any] = yaml.safe_load((config.root / "docker-compose.yml").read_text())
     for service in stack["services"].values():
         service["healthcheck"] = {
