@@ -1,7 +1,7 @@
 """Prove that tests see what they are there for: weaken the cluster, and each must fail; then mend it again.
 
-`./invoke test --prove` runs this. What is weakened for which attack stands in attacks/weakenings.yaml, and for which other
-test in cluster/weakenings.yaml.
+`./invoke test --prove` runs this. What is weakened for which attack stands in attacks/weakenings.yaml, and for which
+other test in cluster/weakenings.yaml.
 """
 
 import argparse

@@ -254,8 +254,7 @@ def test_container_that_ends_by_itself_ends_its_job(cluster: LiveCluster, cm: Cm
 
 
 def test_no_name_is_given_twice(cluster: LiveCluster) -> None:
-    both = [cluster.background(["cm", "create", "5"], USER) for _ in range(2)]
-    said = "".join(one.wait(timeout_s=30).output for one in both)
+    said = cluster.user("cm create 5 & cm create 5 & wait", USER).output
     names = re.findall(r"my_task_container_\d+", said)
     assert sorted(names) == sorted(NAME(number) for number in range(10)), said
     assert set(_states(cluster)) == set(names)
