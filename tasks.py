@@ -286,9 +286,9 @@ def check(cluster):
 
 @cluster_task(
     help={
-        "only": "paths or options for pytest; with --prove, numbers of attacks or parts of their tests' names",
+        "only": "paths or options for pytest; with --prove, numbers of attacks or parts of tests' names",
         "quick": "without those that take minutes, most of them waiting",
-        "prove": "weaken the cluster, attack by attack, and see each of tests/attacks fail",
+        "prove": "weaken the cluster, point by point, and see each test of tests/*/weakenings.yaml fail",
     }
 )
 def test(cluster, only="", quick=False, prove=False):  # noqa: PT028

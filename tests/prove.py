@@ -1,6 +1,7 @@
-"""Prove that the attacks of tests/attacks would be seen: weaken the cluster, and each must succeed; then mend it again.
+"""Prove that tests see what they are there for: weaken the cluster, and each must fail; then mend it again.
 
-`./invoke test --prove` runs this. What is weakened for which attack stands in attacks/weakenings.yaml.
+`./invoke test --prove` runs this. What is weakened for which attack stands in attacks/weakenings.yaml, and for which
+other test in cluster/weakenings.yaml.
 """
 
 import argparse
@@ -28,18 +29,21 @@ from cfiddle_cluster.config import STACK
 from cfiddle_cluster.stack import IMAGES
 from live import ROOT, LiveCluster, docker, run, wait_until
 
-ATTACKS = ROOT / "tests" / "attacks"
-TABLE = ATTACKS / "weakenings.yaml"
+TESTS = ROOT / "tests"
+TABLES = ("attacks", "cluster")
+"""The directories of tests that have a table of weakenings."""
 COUNT = 22
 """So many attacks there are; they are numbered."""
 
 PLACES = {
     "src/agent/": "/usr/lib/python3/dist-packages/agent/",
+    "src/container_manager/": "/opt/cfiddle/container_manager/",
     "src/delegate_function/": "/opt/cfiddle/delegate_function/",
     "conf/slurm.conf": "/etc/slurm/slurm.conf",
     "conf/slurmdbd.conf": "/etc/slurm/slurmdbd.conf.in",
     "policy.yaml": "/etc/cfiddle/policy.yaml",
     "images/cluster/files/": "/",
+    "images/mpi/files/": "/",
     "images/user/files/": "/",
     "images/registry/files/": "/",
 }
@@ -84,8 +88,9 @@ class Weakening:
 
     Attributes:
         name: what is weakened, for people.
-        seen: by a test's name below tests/attacks, what its failure must say (regular expressions), so that it is known
-            to have failed because the attack succeeded, and not because the cluster is broken.
+        seen: by a test's name below tests, what its failure must say (regular expressions), so that it is known to have
+            failed because of what is weakened (an attack succeeded), and not because the cluster is broken. In a table
+            names are below its directory.
     """
 
     name: str
@@ -94,36 +99,37 @@ class Weakening:
 
 
 @dataclass(frozen=True)
-class Attack:
-    """An attack by its number.
+class Entry:
+    """A part of a table: an attack, or what else belongs together.
 
     Attributes:
+        number: the attack's; None where it is none.
         controls: tests that only prove that the attack's own means are good for something, or what no cluster can lack.
     """
 
-    number: int
+    number: int | None
     title: str
     weakenings: Sequence[Weakening]
     controls: Sequence[str] = ()
 
 
-def load(path: Path = TABLE) -> list[Attack]:
-    """Read the table."""
+def load(directory: str) -> list[Entry]:
+    """Read the table of a directory of tests."""
     return [
-        Attack(
-            entry["attack"],
+        Entry(
+            entry.get("attack"),
             entry["title"],
             [
                 Weakening(
                     weakening["name"],
                     [Change(**change) for change in weakening["change"]],
-                    {test: _listed(said) for test, said in weakening["seen"].items()},
+                    {f"{directory}/{test}": _listed(said) for test, said in weakening["seen"].items()},
                 )
                 for weakening in entry["weakenings"]
             ],
-            entry.get("controls", ()),
+            [f"{directory}/{test}" for test in entry.get("controls", ())],
         )
-        for entry in yaml.safe_load(path.read_text())
+        for entry in yaml.safe_load((TESTS / directory / "weakenings.yaml").read_text())
     ]
 
 
@@ -308,11 +314,11 @@ class Verdict:
 def judged(report: Path, test: str, wanted: Sequence[str]) -> Verdict:
     """Return what pytest's report in JUnit's XML says of a test.
 
-    The attack succeeded if an assertion of the test itself failed, and said all that is wanted. An error around the
+    The weakening succeeded if an assertion of the test itself failed, and said all that is wanted. An error around the
     test, another exception, or another assertion is unclear: perhaps the cluster is broken, and nothing is proved.
     """
     file, _, function = test.partition("::")
-    module = f"tests.attacks.{file.removesuffix('.py')}"
+    module = f"tests.{file.removesuffix('.py').replace('/', '.')}"
     cases = [
         case
         for case in ElementTree.parse(report).getroot().iter("testcase")
@@ -337,12 +343,12 @@ def _said(element: ElementTree.Element) -> str:
     return f"{element.get('message')}\n{element.text or ''}"
 
 
-def _attacked(weakening: Weakening, options: Sequence[str]) -> dict[str, Verdict]:
+def _tried(weakening: Weakening, options: Sequence[str]) -> dict[str, Verdict]:
     """Run a weakening's tests; return what came of each."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         argv = [sys.executable, "-m", "pytest", "-vv", "--no-report", "--junit-xml", str(report), *options]
-        argv += [f"tests/attacks/{test}" for test in weakening.seen]
+        argv += [f"tests/{test}" for test in weakening.seen]
         try:
             done = run(argv, timeout_s=_TEST_S * len(weakening.seen))
         except subprocess.TimeoutExpired:
@@ -352,23 +358,23 @@ def _attacked(weakening: Weakening, options: Sequence[str]) -> dict[str, Verdict
         return {test: judged(report, test, wanted) for test, wanted in weakening.seen.items()}
 
 
-def selected(attacks: Sequence[Attack], wanted: Sequence[str]) -> list[tuple[Attack, Weakening]]:
-    """Return the weakenings of some attacks: by numbers, by parts of their tests' names; all if nothing is wanted."""
+def selected(entries: Sequence[Entry], wanted: Sequence[str]) -> list[tuple[Entry, Weakening]]:
+    """Return some weakenings: by numbers of attacks, by parts of their tests' names; all if nothing is wanted."""
     return [
-        (attack, weakening)
-        for attack in attacks
-        for weakening in attack.weakenings
+        (entry, weakening)
+        for entry in entries
+        for weakening in entry.weakenings
         if not wanted
-        or str(attack.number) in wanted
+        or str(entry.number) in wanted
         or any(not word.isdigit() and word in test for word in wanted for test in weakening.seen)
     ]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prove the selected attacks one by one; return 1 unless each succeeded."""
+    """Prove the selected tests, weakening by weakening; return 1 unless each succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", help="numbers of attacks, or parts of their tests' names")
-    chosen = selected(load(), parser.parse_args(arguments).only)
+    parser.add_argument("only", nargs="*", help="numbers of attacks, or parts of tests' names")
+    chosen = selected([entry for directory in TABLES for entry in load(directory)], parser.parse_args(arguments).only)
     if not chosen:
         raise ProofError("no attack has that number, and no test that name")
     for number in (signal.SIGINT, signal.SIGTERM):  # what runs in the background may have been started to ignore one
@@ -379,23 +385,23 @@ def main(arguments: Sequence[str]) -> int:
     with cluster.state.lock("test --prove"):
         print(f"{'attack':>6}  {'outcome':<9}  {'seconds':>7}  test, and what was weakened", flush=True)
         cluster.wait_until_idle(timeout_s=_START_S)
-        for attack, weakening in chosen:
+        for entry, weakening in chosen:
             began = time.monotonic()
             try:
                 with weakener.applied(weakening) as options:
-                    verdicts = _attacked(weakening, options)
+                    verdicts = _tried(weakening, options)
             finally:  # what a test that was interrupted leaves would hold up the next deploy
                 cluster.cancel_all()
             cluster.wait_until_idle(timeout_s=_START_S)
             seconds = (time.monotonic() - began) / len(verdicts)
             for test, verdict in verdicts.items():
                 what = f"{test}: {weakening.name}"
-                print(f"{attack.number:>6}  {verdict.outcome:<9}  {seconds:>7.1f}  {what}", flush=True)
+                print(f"{entry.number or '':>6}  {verdict.outcome:<9}  {seconds:>7.1f}  {what}", flush=True)
                 print(
                     "".join(f"        | {line}\n" for line in verdict.said.splitlines()[-_LINES:]), end="", flush=True
                 )
                 outcomes.append(verdict.outcome)
-    print(f"{outcomes.count(_SUCCEEDED)} of {len(outcomes)} attacks succeeded against the weakened cluster")
+    print(f"{outcomes.count(_SUCCEEDED)} of {len(outcomes)} tests saw what was weakened")
     return 0 if set(outcomes) == {_SUCCEEDED} else 1
 
 

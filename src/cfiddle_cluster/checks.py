@@ -101,7 +101,7 @@ def benchmark(config: Config, which: str) -> int:
 
 
 def prove(config: Config, arguments: Sequence[str]) -> int:
-    """Weaken the cluster that is up, attack by attack, and see each succeed; return 1 if one did not."""
+    """Weaken the cluster that is up, point by point, and see tests fail; return 1 if one did not."""
     _ensure_tests_can_run(config)
     argv = [sys.executable, "tests/prove.py", *arguments]
     return subprocess.run(argv, cwd=config.root, check=False).returncode

@@ -187,7 +187,7 @@ def test_output_comes_as_it_is_while_it_comes(cluster: LiveCluster) -> None:
 
 def test_megabytes_of_any_bytes_come_through(cluster: LiveCluster) -> None:
     program = "head -c 5000000 /dev/urandom | tee data/.t"
-    command = f"cm run --cmd '{program}' >.out; tail -c +17 .out | cmp - data/.t && rm .out data/.t && echo same"
+    command = f"cm run --cmd '{program}' >.out; tail -c +17 .out | cmp - data/.t && echo same; rm .out data/.t"
     assert cluster.user(command, USER).ok() == "same\n"
 
 
@@ -254,10 +254,9 @@ def test_container_that_ends_by_itself_ends_its_job(cluster: LiveCluster, cm: Cm
 
 
 def test_no_name_is_given_twice(cluster: LiveCluster) -> None:
-    both = [cluster.background(["cm", "create", "5"], USER) for _ in range(2)]
-    said = "".join(one.wait(timeout_s=30).ok() for one in both)
+    said = cluster.user("cm create 5 & cm create 5 & wait", USER).output
     names = re.findall(r"my_task_container_\d+", said)
-    assert sorted(names) == sorted(NAME(number) for number in range(10))
+    assert sorted(names) == sorted(NAME(number) for number in range(10)), said
     assert set(_states(cluster)) == set(names)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from live import LiveCluster, invoke, job_name, wait_until
+from live import LiveCluster, Result, invoke, job_name, wait_until
 
 # In one write: mpirun passes pieces on as they come.
 HELLO = (
@@ -16,9 +16,10 @@ HELLO = (
 USER = "test_user1"
 
 
-def _check(output: str, cluster: LiveCluster, processes: int) -> None:
+def _check(done: Result, cluster: LiveCluster, processes: int) -> None:
     """See that every process ran, on all workers, and that each heard of all others."""
-    lines = [line.split() for line in output.splitlines()]
+    assert done.exit_status == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
     assert sorted(int(rank) for rank, _, _ in lines) == list(range(processes))
     assert {node for _, node, _ in lines} == set(cluster.workers)
     assert {int(total) for _, _, total in lines} == {sum(range(processes))}
@@ -27,7 +28,7 @@ def _check(output: str, cluster: LiveCluster, processes: int) -> None:
 def test_srun_starts_processes_that_reach_each_other(cluster: LiveCluster) -> None:
     count = len(cluster.workers)
     options = f"-p shared -N{count} --ntasks-per-node=2 -J {job_name()}"
-    _check(cluster.user(f'srun --mpi=pmix {options} python3 -c "{HELLO}"', USER).ok(), cluster, 2 * count)
+    _check(cluster.user(f'srun --mpi=pmix {options} python3 -c "{HELLO}"', USER), cluster, 2 * count)
 
 
 def test_processes_leave_mpi_init_together(cluster: LiveCluster) -> None:
@@ -40,7 +41,7 @@ def test_mpirun_in_an_allocation_uses_its_nodes(cluster: LiveCluster) -> None:
     command = (
         f'salloc -Q -p shared -N{count} --ntasks-per-node=2 -J {job_name()} mpirun python3 -c "{HELLO}" </dev/null'
     )
-    _check(cluster.user(command, USER, timeout_s=120).ok(), cluster, 2 * count)
+    _check(cluster.user(command, USER, timeout_s=120), cluster, 2 * count)
 
 
 def test_mpirun_over_ssh_with_the_machinefile(cluster: LiveCluster) -> None:
@@ -59,13 +60,13 @@ def test_mpirun_over_ssh_with_the_machinefile(cluster: LiveCluster) -> None:
         )
     command = f'mpirun --hostfile /etc/machinefile --map-by node -n {2 * count} python3 -c "{HELLO}" </dev/null'
     try:
-        _check(cluster.user(command, USER, timeout_s=120).ok(), cluster, 2 * count)
+        _check(cluster.user(command, USER, timeout_s=120), cluster, 2 * count)
     finally:
         cluster.slurm(f"scancel {job}")
 
 
 def test_samples_compile_and_run(cluster: LiveCluster) -> None:
-    said = cluster.user("cd ~/mpi && make run 2>&1", USER, timeout_s=180).ok()
+    said = cluster.user("cd ~/mpi && make run 2>&1", USER, timeout_s=180).output
     assert "the token came back as 6" in said
     assert re.search(r"pi is 3\.14159265359", said)
 

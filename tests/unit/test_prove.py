@@ -1,4 +1,4 @@
-"""The table of attacks and weakenings fits the tests and the sources, and a proof is judged by what the test said."""
+"""The tables of weakenings fit the tests and the sources, and a proof is judged by what the test said."""
 
 import ast
 from pathlib import Path
@@ -6,34 +6,45 @@ from pathlib import Path
 import pytest
 
 import prove
-from prove import ATTACKS, COUNT, Attack, Change, Weakening
+from prove import COUNT, TABLES, TESTS, Change, Entry, Weakening
 
-TABLE = prove.load()
-CHANGES = [(weakening, change) for attack in TABLE for weakening in attack.weakenings for change in weakening.change]
+ENTRIES = [entry for directory in TABLES for entry in prove.load(directory)]
+CHANGES = [(weakening, change) for entry in ENTRIES for weakening in entry.weakenings for change in weakening.change]
+FILES = {
+    "attacks": {path.name for path in TESTS.glob("attacks/test_*.py")},
+    "cluster": {f"test_{name}.py" for name in ("cm_jobs", "container_tasks", "containers", "ddocker", "mpi")},
+}
+"""By directory, the files of which every test is in its table."""
 
 
-def _functions() -> set[str]:
+def _functions(directory: str) -> set[str]:
     return {
-        f"{path.name}::{node.name}"
-        for path in ATTACKS.glob("test_*.py")
-        for node in ast.parse(path.read_text()).body
+        f"{directory}/{name}::{node.name}"
+        for name in FILES[directory]
+        for node in ast.parse((TESTS / directory / name).read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
 
 
-def test_every_attack_has_a_test_and_a_weakening() -> None:
-    assert [attack.number for attack in TABLE] == list(range(1, COUNT + 1))
-    assert all(attack.title and attack.weakenings for attack in TABLE)
+def test_every_attack_has_a_number() -> None:
+    assert [entry.number for entry in prove.load("attacks")] == list(range(1, COUNT + 1))
+    assert all(entry.number is None for entry in prove.load("cluster"))
+
+
+def test_every_entry_has_a_test_and_a_weakening() -> None:
+    assert all(entry.title and entry.weakenings for entry in ENTRIES)
     assert all(
-        weakening.name and weakening.change and weakening.seen for attack in TABLE for weakening in attack.weakenings
+        weakening.name and weakening.change and weakening.seen for entry in ENTRIES for weakening in entry.weakenings
     )
 
 
-def test_every_test_of_an_attack_is_proved_or_a_control() -> None:
-    proved = {test for attack in TABLE for weakening in attack.weakenings for test in weakening.seen}
-    controls = {test for attack in TABLE for test in attack.controls}
+@pytest.mark.parametrize("directory", TABLES)
+def test_every_test_is_proved_or_a_control(directory: str) -> None:
+    table = prove.load(directory)
+    proved = {test for entry in table for weakening in entry.weakenings for test in weakening.seen}
+    controls = {test for entry in table for test in entry.controls}
     assert not proved & controls
-    assert {test.partition("[")[0] for test in proved | controls} == _functions()
+    assert {test.partition("[")[0] for test in proved | controls} == _functions(directory)
 
 
 @pytest.mark.parametrize(("weakening", "change"), CHANGES, ids=lambda value: getattr(value, "name", None))
@@ -75,22 +86,28 @@ REPORT = """<testsuites><testsuite>
         ('<error message="failed on setup with AssertionError: wanted"/>', "unclear"),
     ],
 )
-def test_attack_succeeded_if_its_own_assertion_said_so(tmp_path: Path, inside: str, outcome: str) -> None:
+def test_weakening_succeeded_if_its_test_s_own_assertion_said_so(tmp_path: Path, inside: str, outcome: str) -> None:
     report = tmp_path / "report.xml"
     report.write_text(REPORT.format(inside))
-    assert prove.judged(report, "test_x.py::test_a", ["wanted"]).outcome == outcome
+    assert prove.judged(report, "attacks/test_x.py::test_a", ["wanted"]).outcome == outcome
 
 
 def test_test_that_did_not_run_proves_nothing(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(REPORT.format(""))
-    assert prove.judged(report, "test_x.py::test_b", []).outcome == "unclear"
+    assert prove.judged(report, "attacks/test_x.py::test_b", []).outcome == "unclear"
 
 
 def test_selection_is_by_number_or_by_a_part_of_a_test_s_name() -> None:
-    attacks = [
-        Attack(number, "title", [Weakening(name, [], {f"test_{name}.py::test_{name}": ["x"]})])
-        for number, name in ((1, "pickle"), (12, "yaml"))
+    entries = [
+        Entry(number, "title", [Weakening(name, [], {f"{directory}/test_{name}.py::test_{name}": ["x"]})])
+        for number, directory, name in ((1, "attacks", "pickle"), (12, "attacks", "yaml"), (None, "cluster", "mpi"))
     ]
-    for wanted, names in {(): ["pickle", "yaml"], ("1",): ["pickle"], ("yaml",): ["yaml"], ("3",): []}.items():
-        assert [weakening.name for _, weakening in prove.selected(attacks, wanted)] == names
+    for wanted, names in {
+        (): ["pickle", "yaml", "mpi"],
+        ("1",): ["pickle"],
+        ("yaml",): ["yaml"],
+        ("12", "cluster/"): ["yaml", "mpi"],
+        ("3",): [],
+    }.items():
+        assert [weakening.name for _, weakening in prove.selected(entries, wanted)] == names
