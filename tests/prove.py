@@ -26,6 +26,7 @@ import yaml
 
 from cfiddle_cluster import engine, images
 from cfiddle_cluster.config import STACK
+from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.stack import IMAGES
 from live import ROOT, LiveCluster, docker, run, wait_until
 
@@ -415,5 +416,7 @@ if __name__ == "__main__":
     except ProofError as error:
         first = error.__context__  # what could not be applied may not be undone either
         sys.exit("\n".join(f"error: {each}" for each in (first, error) if isinstance(each, ProofError)))
+    except ClusterError as error:  # somebody else is at work on it
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("interrupted; what was weakened is mended")

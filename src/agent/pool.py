@@ -4,8 +4,8 @@ Both are work that would spoil a measurement, so it is done while none runs. One
 begins stands still until it is over, or until a call takes it. A used one, in which nothing runs any more, is removed
 then too, or with the end of its job, or when too many wait.
 
-A lease's calls that follow each other at once leave no such time, and use up the pool. Then, while one of them waits
-for its sandbox, others are made beside it, on the CPUs that it leaves, and the call begins when that has come to rest.
+A lease's calls that follow each other at once leave no such time, and use up the pool. Then, while one of them has its
+sandbox made, others are made beside it, on the CPUs that it leaves, and it begins when that has come to rest.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ class _Making:
     """A sandbox that is being made for the pool, or for a call.
 
     Attributes:
+        for_call: it was begun because a call found none.
         claimed: a call waits for it.
         rests: nothing is done for it now.
         sandbox, problem: what came of it, once it is over.
         wake, over: descriptors that become readable when it may have to stop or go on, and when it is over.
     """
 
-    def __init__(self, profile: Profile, limits: Limits, cpus: str, *, claimed: bool) -> None:
+    def __init__(self, profile: Profile, limits: Limits, cpus: str, *, for_call: bool) -> None:
         self.profile = profile
         self.limits = limits
         self.cpus = cpus
-        self.claimed = claimed
+        self.for_call = self.claimed = for_call
         self.rests = False
         self.sandbox: Sandbox | None = None
         self.problem: Exception | None = None
@@ -191,7 +192,7 @@ class Pool:
 
     def _make_now(self, profile: Profile, limits: Limits, cpus: str, waiter: socket.socket) -> Sandbox:
         with self._changed:
-            making = self._begin(profile, limits, cpus, claimed=True)
+            making = self._begin(profile, limits, cpus, for_call=True)
             self._rouse()
         self._wait_for(making, waiter)
         if making.sandbox is None:
@@ -252,7 +253,7 @@ class Pool:
             if not (missing or self._making or self._used):
                 return min(retries, default=None)
             lasted_s = self._quiet.lasted_s()
-            urgent = lasted_s is not None and any(making.claimed for making in self._making)
+            urgent = lasted_s is not None and any(making.for_call and making.claimed for making in self._making)
             calm = lasted_s is not None and lasted_s >= _SETTLE_S and not self._waiting
             if (calm, urgent) != (self._calm, self._urgent):
                 self._calm, self._urgent = calm, urgent
@@ -278,8 +279,8 @@ class Pool:
             self._trouble[sandbox.profile.name].note(sandbox.profile.name, SandboxError("it ended while it waited"))
             self._discard(sandbox)
 
-    def _begin(self, profile: Profile, limits: Limits, cpus: str, *, claimed: bool = False) -> _Making:
-        making = _Making(profile, limits, cpus, claimed=claimed)
+    def _begin(self, profile: Profile, limits: Limits, cpus: str, *, for_call: bool = False) -> _Making:
+        making = _Making(profile, limits, cpus, for_call=for_call)
         self._making.append(making)
         threading.Thread(target=self._make, args=(making,), daemon=True).start()
         return making

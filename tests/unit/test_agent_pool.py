@@ -249,6 +249,7 @@ def test_while_a_call_of_a_lease_waits_another_is_made_beside_it_for_the_next(
     assert (beside.asked, beside.said) == (State.CONNECTED, ["started", "frozen"]), "imports can wait"
     assert machine.take(job=7, becomes=State.SERVED) is beside
     assert beside.said == ["started", "frozen", "thawed"]
+    assert others() == [beside], "whoever finds one does not wait for more"
     monkeypatch.setattr("agent.pool._SETTLE_S", 0.02)
     machine.wait_until_full()
 
