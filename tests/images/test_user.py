@@ -154,8 +154,8 @@ def test_only_init_and_what_waits_is_root(host: UserHost) -> None:
     roots = {arguments for user, arguments in processes if user == "root"}
     assert all(
         re.match(
-            r"tini|bash /usr/local/(sbin/userhost|bin/wait-until)|sshd: /usr/sbin/sshd|sleep|sh -c|ps|/bin/sh|timeout|python3 -I|health|"
-            r"getent|runc init",
+            r"tini|bash /usr/local/(sbin/userhost|bin/wait-until)|sshd: /usr/sbin/sshd|sleep|sh -c|ps|/bin/sh|timeout|"
+            r"python3 -I|health|getent|awk|runc init",
             process,
         )
         for process in roots
