@@ -30,6 +30,7 @@ def test_healthy_nodes_are_let_alone(cluster: LiveCluster) -> None:
         assert _state(cluster, worker) == "idle none"
 
 
+@pytest.mark.slow
 def test_a_node_whose_agent_does_not_answer_is_drained_and_comes_back_by_itself(
     cluster: LiveCluster, deaf_worker: str
 ) -> None:

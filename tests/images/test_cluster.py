@@ -255,6 +255,7 @@ def test_end_of_munged_ends_the_container(slurm: Slurm) -> None:
     slurm.wait_until_answering()
 
 
+@pytest.mark.slow
 def test_node_whose_clock_is_off_takes_no_jobs_and_comes_back_by_itself(
     slurm: Slurm, network: str, start: Start
 ) -> None:
