@@ -19,7 +19,7 @@ from cfiddle_cluster import engine
 from cfiddle_cluster.config import CLUSTER, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each
-from cfiddle_cluster.services import health_check, is_manager
+from cfiddle_cluster.services import health_check, is_manager, patience
 from cfiddle_cluster.state import State
 from cfiddle_cluster.wait import wait_until
 
@@ -211,7 +211,8 @@ def _ensure_service(config: Config, state: State, image: str) -> None:
     names = {name: _named(name, data) for name, data in {**secrets, "registry-certificate": certificate}.items()}
     # By the image's id: Swarm asks no registry for it, and this one is not there yet.
     image_id = str(client.images.get(image).id)
-    definition = hashlib.sha256(json.dumps([image_id, names, config.registry_port, _VERSION]).encode()).hexdigest()[:12]
+    defined_by = [image_id, names, config.registry_port, health_check(), patience(), _VERSION]
+    definition = hashlib.sha256(json.dumps(defined_by).encode()).hexdigest()[:12]
     try:
         current = client.services.get(SERVICE).attrs["Spec"]["Labels"].get(_DEFINITION)
     except NotFound:
@@ -241,6 +242,7 @@ def _create_service(
         image_id,
         name=SERVICE,
         labels={**labels, _DEFINITION: definition},
+        env=patience(),
         container_labels=labels,
         constraints=["node.labels.slurm_head==true"],
         endpoint_spec=EndpointSpec(

@@ -1,5 +1,6 @@
 """The services of the stack as they run: what is there, what is healthy, and the containers on this machine."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -33,6 +34,11 @@ def health_check() -> dict[str, int]:
     if PATIENCE > 1:
         found |= {"interval": int(5 * PATIENCE), "timeout": int(60 * PATIENCE), "retries": int(20 * PATIENCE)}
     return found
+
+
+def patience() -> dict[str, str]:
+    """Return the environment that tells what waits in a container how much longer it may; nothing where it need not."""
+    return {"CFIDDLE_PATIENCE": str(math.ceil(PATIENCE))} if PATIENCE > 1 else {}
 
 
 def services() -> list[Service]:

@@ -6,7 +6,6 @@ What a service runs from is named by its content, so a service changes when, and
 import hashlib
 import itertools
 import json
-import math
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -29,12 +28,13 @@ from cfiddle_cluster.services import (
     health_check,
     is_manager,
     live_tasks,
+    patience,
     running_tasks,
     services,
     wait_until_healthy,
 )
 from cfiddle_cluster.state import State
-from cfiddle_cluster.wait import PATIENCE, wait_until
+from cfiddle_cluster.wait import wait_until
 
 SECRETS = ("munge-key", "database-password", "jupyter-token", "ssh-authority", "user-registry-password", "registry-key")
 CONFIGS = {
@@ -135,8 +135,7 @@ def _compose(config: Config) -> dict[str, Any]:
         service["healthcheck"] = {
             name: value if name == "retries" else f"{value}s" for name, value in health_check().items()
         }
-        if PATIENCE > 1:
-            service.setdefault("environment", {})["CFIDDLE_PATIENCE"] = str(math.ceil(PATIENCE))
+        service["environment"] = service.get("environment", {}) | patience()
     if config.ssh_port:
         more = yaml.safe_load((config.root / "conf" / "ssh-port.yml").read_text())
         stack["services"]["userhost"]["ports"] += more["services"]["userhost"]["ports"]

@@ -266,8 +266,8 @@ def _interrupted(cluster: LiveCluster, after_s: float, *words: str) -> Result:
 
 
 def _moments(whole: Result) -> list[float]:
-    """Return eight moments of what takes so long undisturbed, in seconds; at the first it may not have begun yet."""
-    return [0.1 + whole.seconds * part / 7 for part in range(8)]
+    """Return nine moments of what takes so long undisturbed, in seconds, from before its begin to well after it."""
+    return [*(0.1 + whole.seconds * part / 7 for part in range(8)), 3 * whole.seconds]
 
 
 @pytest.mark.timeout(200)

@@ -381,10 +381,19 @@ def test_task3(ada: User) -> None:
     assert ada.cm("task3", "--seed", "6").out != first.out
 
 
+def _cpu_s(*argv: str | Path) -> float:
+    """Return the CPU time that a program takes at its best of three, in seconds."""
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.DEVNULL, timeout=30)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return min(once() for _ in range(3))
+
+
 def test_help_comes_at_once(ada: User) -> None:
     assert ada.cm("--help").out.startswith("Usage: CM.py [OPTIONS] COMMAND [ARGS]...\n\nOptions:\n")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, ROOT / "CM.py", "--help"], check=True, stdout=subprocess.DEVNULL, timeout=30)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Of the CPU: a machine that is busy with something else takes longer.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.15
+    # Of the CPU, and against what it cannot do without: docker-py alone would be three times that.
+    assert _cpu_s(ROOT / "CM.py", "--help") < 2.2 * _cpu_s("-c", "import click")
