@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Name the markers, and be interruptible: what runs in the background may have been started to ignore that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "last: runs after all others of its directory")
-    config.addinivalue_line("markers", "slow: takes a minute or more, nearly all of it waiting; .ci/run leaves it out")
+    config.addinivalue_line("markers", "slow: takes half a minute or more; .ci/run leaves it out")
 
 
 def _rank(item: pytest.Item) -> tuple[int, bool]:

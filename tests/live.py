@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -520,14 +521,17 @@ class LiveCluster:
         """Return why the cluster is not idle; empty if it is."""
         if jobs := self.queue():
             return f"jobs in the queue: {jobs}"
-        states = self.nodes()
-        if sorted(states) != self.workers:
-            return f"nodes {sorted(states)} on machines {self.workers}"
+        with ThreadPoolExecutor() as pool:  # each of them asks several engines, one after the other
+            asked = pool.submit(self.sandboxes), pool.submit(self.containers)
+            states, workers = self.nodes(), self.workers
+        sandboxes, containers = asked[0].result(), asked[1].result()
+        if sorted(states) != workers:
+            return f"nodes {sorted(states)} on machines {workers}"
         if busy := {name: state for name, state in states.items() if state != "idle"}:
             return f"nodes that are not idle: {busy}"
-        if containers := self.sandboxes():
-            return f"sandboxes: {containers}"
-        if running := [found for found in self.containers() if found.state == "running"]:
+        if sandboxes:
+            return f"sandboxes: {sandboxes}"
+        if running := [found for found in containers if found.state == "running"]:
             return f"users' containers that run: {running}"
         return ""
 

@@ -97,6 +97,7 @@ def references() -> list[str]:
     return list(images.build(config.load(ROOT), lambda _text: None).values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_layer_holds_a_secret(references: list[str], tmp_path: Path) -> None:
     settings = config.load(ROOT)

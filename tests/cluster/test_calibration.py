@@ -35,6 +35,7 @@ def test_equal_workers_are_no_different(cluster: LiveCluster) -> None:
     assert set(cluster.nodes().values()) == {"idle"}
 
 
+@pytest.mark.slow
 def test_a_slow_worker_is_drained_with_the_reason_and_resumed_when_it_is_mended(
     cluster: LiveCluster, slow_worker: str
 ) -> None:

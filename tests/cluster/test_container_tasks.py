@@ -24,6 +24,7 @@ def test_task2_as_a_job_prints_the_same(cluster: LiveCluster) -> None:
     assert len(re.findall(r"^result from container [1-4] : \{'container index': [0-3], 'sum': ", there, re.M)) == 4
 
 
+@pytest.mark.slow
 def test_scripts_of_a_new_home(cluster: LiveCluster) -> None:
     for task in ("task2", "task3"):
         cluster.user(f"sbatch --wait /etc/skel/{task}.sbatch --seed 3", USER, timeout_s=120).ok()

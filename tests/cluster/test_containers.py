@@ -283,6 +283,7 @@ def test_create_that_is_interrupted_leaves_nothing(cluster: LiveCluster, cm: Cm)
     assert _created(range(6)) in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_run_that_is_interrupted_leaves_a_container_in_a_job_or_none(cluster: LiveCluster, cm: Cm) -> None:
     said = set()
@@ -296,6 +297,7 @@ def test_run_that_is_interrupted_leaves_a_container_in_a_job_or_none(cluster: Li
     assert said == {"", "command output:\n"}, "it was interrupted before and after its start"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_start_that_is_interrupted_leaves_the_container_stopped(cluster: LiveCluster, cm: Cm) -> None:
     said = set()

@@ -171,6 +171,7 @@ def test_no_room_is_said_at_once_and_leaves_nothing(ddocker: Ddocker, cluster: L
     assert name not in cluster.user(["squeue", "--me", "--noheader", "--format", "%j"], USER).ok()
 
 
+@pytest.mark.slow
 def test_committed_image_can_be_created_from_on_every_machine(ddocker: Ddocker, cluster: LiveCluster) -> None:
     image = f"lab/{job_name()}:v1"
     ddocker.images.append(image)

@@ -5,6 +5,7 @@ import pytest
 from live import NOBODY, LiveCluster, docker, invoke
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_scale_up_and_down_with_jobs_running(cluster: LiveCluster) -> None:
     before = cluster.workers

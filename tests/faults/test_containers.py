@@ -164,6 +164,7 @@ def _full(cluster: LiveCluster, workers: Sequence[str], path: str) -> Iterator[N
             cluster.on_worker(worker, ["umount", f"/var/lib/docker/{path}"]).ok()
 
 
+@pytest.mark.slow
 def test_full_disk_is_said_and_no_container_is_half_made(cluster: LiveCluster, running: UsersContainer) -> None:
     job = _job(cluster)
     create = ("ddocker", "create", "--type", "0", "--ports", "2", "--image", "my_task_image", "--name", "half")

@@ -92,6 +92,7 @@ def test_up_after_half_a_down(cluster: LiveCluster, number: signal.Signals) -> N
     _same_cluster(cluster, before, last_job)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_scale_interrupted_and_run_again(cluster: LiveCluster) -> None:
     before = snapshot(cluster)

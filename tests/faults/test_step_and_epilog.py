@@ -77,7 +77,7 @@ def _state(cluster: LiveCluster, worker: str) -> str:
     ("fault", "reason", "lost"),
     [
         (_no_grant_can_be_written, UNGRANTED, 1),
-        (_locks_are_held, UNGRANTED, 1),
+        pytest.param(_locks_are_held, UNGRANTED, 1, marks=pytest.mark.slow),
         (_epilog_fails, "Epilog error", 0),
     ],
     ids=["step fails", "step hangs", "epilog fails"],
@@ -107,6 +107,7 @@ def test_worker_takes_no_further_job_and_others_go_on(
         assert len(load.errors()) == lost, load.errors()
 
 
+@pytest.mark.slow
 def test_epilog_that_hangs_holds_its_machine_and_no_other(cluster: LiveCluster) -> None:
     worker = cluster.workers[0]
     hanging = "sleep 987"

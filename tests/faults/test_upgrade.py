@@ -85,6 +85,7 @@ def test_jobs_that_run_and_wait_survive_also_an_upgrade_that_is_killed_and_goes_
     assert _agents(cluster) == after
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_all_goes_back_when_a_worker_does_not_come_up(cluster: LiveCluster, newer: Path) -> None:
     before, last = _agents(cluster), cluster.workers[-1]
