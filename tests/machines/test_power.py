@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from cfiddle_cluster.wait import PATIENCE
 from live import wait_until
 from machines.real import RealCluster
 from machines.virtual import Lab
@@ -12,7 +13,8 @@ RETURN_TIMEOUT_S = 120
 TOLD = ("COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED", "TIMEOUT")
 """How a job may end whose machine went away."""
 
-WRITER = "sync; echo begun > begun; sync begun; sleep 20; echo done"
+WRITER = f"sync; echo begun > begun; sync begun; sleep {10 * PATIENCE:.0f}; echo done"
+"""A job that still runs when the power is cut."""
 
 
 @pytest.mark.timeout(900)

@@ -39,9 +39,8 @@ def test_image_that_is_missing_is_loaded_from_a_file(cluster: RealCluster) -> No
 @pytest.mark.timeout(UP_TIMEOUT_S)
 def test_second_up_changes_nothing(cluster: RealCluster) -> None:
     def seen() -> str:
-        services = "docker service ls -q | xargs docker service inspect -f '{{.Spec.Name}} {{.Version.Index}}'"
-        containers = "docker ps -q --no-trunc | sort; docker node ls -q; exportfs -s"
-        there = [cluster.head.run(f"{services}; {containers}").ok()]
+        # No service's version: `docker stack deploy` counts it on where nothing has changed.
+        there = [cluster.head.run("docker ps -q --no-trunc | sort; docker node ls -q; exportfs -s").ok()]
         return "\n".join(there + [worker.run("docker ps -q --no-trunc | sort").ok() for worker in cluster.workers])
 
     before = seen()
