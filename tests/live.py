@@ -521,17 +521,16 @@ class LiveCluster:
         """Return why the cluster is not idle; empty if it is."""
         if jobs := self.queue():
             return f"jobs in the queue: {jobs}"
-        with ThreadPoolExecutor() as pool:  # each of them asks several engines, one after the other
-            asked = pool.submit(self.sandboxes), pool.submit(self.containers)
-            states, workers = self.nodes(), self.workers
-        sandboxes, containers = asked[0].result(), asked[1].result()
-        if sorted(states) != workers:
-            return f"nodes {sorted(states)} on machines {workers}"
+        states = self.nodes()
+        if sorted(states) != self.workers:
+            return f"nodes {sorted(states)} on machines {self.workers}"
         if busy := {name: state for name, state in states.items() if state != "idle"}:
             return f"nodes that are not idle: {busy}"
-        if sandboxes:
+        with ThreadPoolExecutor() as pool:  # each asks several engines, which answer once all nodes are idle
+            calls, containers = pool.submit(self.sandboxes), pool.submit(self.containers)
+        if sandboxes := calls.result():
             return f"sandboxes: {sandboxes}"
-        if running := [found for found in containers if found.state == "running"]:
+        if running := [found for found in containers.result() if found.state == "running"]:
             return f"users' containers that run: {running}"
         return ""
 
