@@ -237,6 +237,14 @@ def test_controller_killed_right_after_it_accepted_a_job_forgets_nothing(slurm: 
     assert slurm.ending(following) == "COMPLETED"
 
 
+def test_script_of_an_accepted_job_outlives_a_power_cut(slurm: Slurm) -> None:
+    job = slurm.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
+    kept = slurm.slurmctld.run("lsattr", f"/var/lib/slurm/hash.{job[-1]}/job.{job}").splitlines()
+    slurm.run("scancel", job)
+    assert sorted(line.rpartition("/")[2] for line in kept) == ["environment", "script"]
+    assert all("S" in line.split()[0] for line in kept), "written to the disk before slurmctld knows of it"
+
+
 @pytest.mark.parametrize("daemon", ["slurmdbd", "slurmctld", "slurmd"])
 def test_daemon_ends_when_asked_and_comes_back(slurm: Slurm, daemon: str) -> None:
     container: Container = getattr(slurm, daemon)
