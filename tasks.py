@@ -299,7 +299,7 @@ def test(cluster, only="", quick=False, prove=False):  # noqa: PT028
 
 @cluster_task(help={"only": "paths or options for pytest"})
 def test_machines(cluster, only=""):  # noqa: PT028
-    """Run the tests of real machines on virtual ones, which are made for it; 40 minutes where they are emulated."""
+    """Run the tests of real machines on virtual ones, which are made for it; hours where they are emulated."""
     return checks.test_machines(cluster.config, only.split())
 
 
