@@ -44,6 +44,9 @@ WORKING = frozenset({"allocated", "mixed", "completing", "draining"})
 
 _ABSENT = frozenset({"down", "unknown", "future"})
 
+_APPENDED = re.compile(r"( : Not responding)+$")
+"""What slurmctld adds to a drained node's reason when its slurmd is silent for `SlurmdTimeout`, and leaves there."""
+
 
 def slurm(argv: Sequence[str], *, timeout_s: float = 60, user: str = "slurm", input: str | None = None) -> str:
     """Run a command in the container of slurmctld and return what it prints.
@@ -83,7 +86,7 @@ class Node:
         name: the machine's short hostname.
         state: Slurm's word for it, such as idle, mixed, allocated, draining, drained, down.
         is_answering: whether its slurmd answers and the node is known to be up.
-        reason: why it is drained or down; empty if it is neither.
+        reason: why it is drained or down, as who did that put it; empty if it is neither.
     """
 
     name: str
@@ -113,7 +116,8 @@ def parse_nodes(text: str) -> dict[str, Node]:
         name, state, reason = line.split("|", 2)
         # sinfo(1), "NODE STATE CODES": a sign behind the state, * where slurmd does not answer.
         base = state.rstrip("*$~#%!@^-+").lower()
-        found[name] = Node(name, base, "*" not in state and base not in _ABSENT, "" if reason == "none" else reason)
+        reason = "" if reason == "none" else _APPENDED.sub("", reason)
+        found[name] = Node(name, base, "*" not in state and base not in _ABSENT, reason)
     return found
 
 

@@ -37,13 +37,19 @@ class Sum:
 print(SlurmDelegate(SandboxDelegate()).invoke(Sum(), "of", [5, 4, 33]))
 """
 
-TRACES = r"""
-getent passwd | grep -v ^_rpc:; ls -A /home; ls -A /srv /var/lib/cfiddle-cluster /etc/docker/certs.d /etc/exports.d 2>&1
+ACCOUNTS = "getent passwd | grep -Ev '^(_rpc|statd):'; ls -A /home"
+"""Who has an account; those of installed packages stay."""
+
+TRACES = (
+    ACCOUNTS
+    + r"""
+ls -A /srv /var/lib/cfiddle-cluster /etc/docker/certs.d /etc/exports.d 2>&1
 ip -o -4 addr | awk '$2 ~ /^eth/ { print $2, $4 }'; findmnt -rn -t nfs4,nfs; iptables -S 2>/dev/null | grep -i cfiddle
 [ ! -x /usr/bin/docker ] || docker info --format '{{.Swarm.LocalNodeState}}' | grep -v inactive
 [ ! -x /usr/bin/docker ] || docker volume ls -q
 true
 """
+)
 
 _CHANGES = Path(__file__).resolve().parent / "checkout"
 _ON_EACH_NODE = "docker ps -q --no-trunc --filter label=com.docker.swarm.service.name=slurm-stack_"

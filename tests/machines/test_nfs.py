@@ -6,7 +6,8 @@ from live import wait_until
 from machines.real import HOMES, UP_TIMEOUT_S, RealCluster
 from machines.virtual import VirtualMachine
 
-MOUNT = "mount -t nfs4 -o nfsvers=4.2,soft,timeo=50,retrans=1,retry=0"
+MOUNT = "mount -i -t nfs4 -o addr={addr},vers=4.2,soft,timeo=50,retrans=1 {addr}:{path} /mnt"
+"""By the kernel alone, so that no machine needs NFS's programs, which bring a server of their own."""
 
 
 def test_file_of_a_job_is_its_owner_s_everywhere(cluster: RealCluster) -> None:
@@ -28,7 +29,7 @@ def test_root_of_a_worker_is_nobody_there(cluster: RealCluster) -> None:
 
 
 def test_stranger_is_refused(cluster: RealCluster, stranger: VirtualMachine) -> None:
-    said = stranger.run(f"{MOUNT} {cluster.head.addr}:{HOMES} /mnt")
+    said = stranger.run(MOUNT.format(addr=cluster.head.addr, path=HOMES))
     assert said.exit_status != 0
     assert "denied" in said.output or "not permitted" in said.output, said.output
 
@@ -53,7 +54,8 @@ def test_server_that_restarts_delays_a_job_and_loses_nothing(cluster: RealCluste
 def test_homes_of_a_server_that_exists_already(cluster: RealCluster, stranger: VirtualMachine) -> None:
     members = [cluster.head.addr, *(worker.addr for worker in cluster.workers)]
     clients = " ".join(f"{addr}(rw,sync,root_squash)" for addr in members)
-    stranger.run("apt-get install -qy --no-install-recommends nfs-kernel-server", timeout_s=120).ok()
+    install = "apt-get update -q && apt-get install -qy --no-install-recommends nfs-kernel-server"
+    stranger.run(install, timeout_s=120).ok()
     for name, uid, gid in (("jovyan", 1000, 100), ("test_user1", 2001, 2001), ("test_user2", 2002, 2002)):
         stranger.run(f"install -d -m 0700 -o {uid} -g {gid} /export/{name}").ok()
     stranger.run(f"echo '/export {clients}' >/etc/exports && exportfs -ra").ok()

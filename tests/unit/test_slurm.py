@@ -73,6 +73,13 @@ def test_nodes_are_read_with_their_state_and_whether_they_answer() -> None:
     assert [name for name, node in nodes.items() if node.is_drained] == ["c2", "c6"]
 
 
+def test_silence_of_a_node_does_not_change_why_it_was_drained() -> None:
+    line = "c1|{}|cfiddle: a new version is being deployed : Not responding : Not responding\n"
+    for state in ("drained*", "drained"):
+        assert slurm.parse_nodes(line.format(state))["c1"].reason == "cfiddle: a new version is being deployed"
+    assert slurm.parse_nodes("c1|down*|Not responding\n")["c1"].reason == "Not responding"
+
+
 def test_slots_are_those_of_the_nodes_that_take_jobs(told: Told) -> None:
     told.answers["sinfo"] = ["c2 16 mixed\nc1 4 idle\nc3 4 drained\nc4 4 draining\nc5 4 down\n"]
     assert slurm.slots() == {"c1": 4, "c2": 16}
