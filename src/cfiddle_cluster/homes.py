@@ -132,6 +132,8 @@ def purge(config: Config, names: Iterable[str]) -> list[str]:
     """
     if EXPORTS.exists():
         EXPORTS.unlink()
+        with suppress(OSError):  # holds somebody else's, too
+            EXPORTS.parent.rmdir()
         run(["exportfs", "-ra"], timeout_s=30)
     SERVER.unlink(missing_ok=True)
     root = config.home_root

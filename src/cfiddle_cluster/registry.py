@@ -177,8 +177,13 @@ END
 
 def remove_trust(config: Config, machines: Iterable[Machine]) -> None:
     """Let no engine trust the registries any longer."""
-    directories = [f"/etc/docker/certs.d/{address}" for address in _addresses(config)]
-    on_each(machines, lambda machine: machine.run(["rm", "-rf", *directories], timeout_s=60))
+    script = """
+        set -eu
+        cd /etc/docker/certs.d 2>/dev/null || exit 0
+        rm -rf -- "$@"
+        rmdir --ignore-fail-on-non-empty /etc/docker/certs.d
+    """
+    on_each(machines, lambda machine: machine.script(script, _addresses(config), timeout_s=60))
 
 
 def users_address(config: Config) -> str:

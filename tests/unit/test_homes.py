@@ -186,7 +186,7 @@ def test_export_is_written_and_withdrawn(tmp_path: Path, monkeypatch: pytest.Mon
     assert homes.SERVER.exists() != is_there
     assert is_there or "vers2=n\nvers3=n" in homes.SERVER.read_text()
     homes.purge(config, [])
-    assert not homes.EXPORTS.exists()
+    assert not homes.EXPORTS.parent.exists(), "no directory is left that was not there"
     assert not homes.SERVER.exists()
     assert did[2:] == [["exportfs", "-ra"]]
     assert not config.home_root.exists()
