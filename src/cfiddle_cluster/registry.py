@@ -31,6 +31,9 @@ DOCKER_HUB = "docker.io"
 TOKEN_VARIABLE = "DOCKERHUB_TOKEN"
 TOKEN_SECRET = "dockerhub-token"
 
+CERTIFICATES = Path("/etc/docker/certs.d")
+"""Where an engine looks for the authority of each registry, in a directory by its address."""
+
 PORT_INSIDE = 5000
 START_TIMEOUT_S = 90.0
 
@@ -165,23 +168,23 @@ def ensure_trust(config: Config, state: State, machines: Iterable[Machine]) -> N
 END
         )
         for address in "$@"; do
-            directory=/etc/docker/certs.d/$address
+            directory={directory}/$address
             mkdir -p "$directory"
             printf '%s\\n' "$certificate" >"$directory/ca.crt.new"
             if cmp -s "$directory/ca.crt.new" "$directory/ca.crt"; then rm "$directory/ca.crt.new"
             else mv "$directory/ca.crt.new" "$directory/ca.crt"; fi
         done
-    """.replace("{certificate}", state.path("ca.crt").read_text().strip())
+    """.replace("{directory}", str(CERTIFICATES)).replace("{certificate}", state.path("ca.crt").read_text().strip())
     on_each(machines, lambda machine: machine.script(script, _addresses(config), timeout_s=60))
 
 
 def remove_trust(config: Config, machines: Iterable[Machine]) -> None:
     """Let no engine trust the registries any longer."""
-    script = """
+    script = f"""
         set -eu
-        cd /etc/docker/certs.d 2>/dev/null || exit 0
-        rm -rf -- "$@"
-        rmdir --ignore-fail-on-non-empty /etc/docker/certs.d
+        [ -d {CERTIFICATES} ] || exit 0
+        for address in "$@"; do rm -rf {CERTIFICATES}/"$address"; done
+        rmdir --ignore-fail-on-non-empty {CERTIFICATES}
     """
     on_each(machines, lambda machine: machine.script(script, _addresses(config), timeout_s=60))
 

@@ -40,16 +40,14 @@ print(SlurmDelegate(SandboxDelegate()).invoke(Sum(), "of", [5, 4, 33]))
 ACCOUNTS = "getent passwd | grep -Ev '^(_rpc|statd):'; ls -A /home"
 """Who has an account; those of installed packages stay."""
 
-TRACES = (
-    ACCOUNTS
-    + r"""
+TRACES = r"""
 ls -A /srv /var/lib/cfiddle-cluster /etc/docker/certs.d /etc/exports.d 2>&1
 ip -o -4 addr | awk '$2 ~ /^eth/ { print $2, $4 }'; findmnt -rn -t nfs4,nfs; iptables -S 2>/dev/null | grep -i cfiddle
 [ ! -x /usr/bin/docker ] || docker info --format '{{.Swarm.LocalNodeState}}' | grep -v inactive
 [ ! -x /usr/bin/docker ] || docker volume ls -q
 true
 """
-)
+"""What else a cluster leaves, or leaves again, as it was."""
 
 _CHANGES = Path(__file__).resolve().parent / "checkout"
 _ON_EACH_NODE = "docker ps -q --no-trunc --filter label=com.docker.swarm.service.name=slurm-stack_"
@@ -274,4 +272,4 @@ def up_in_terminal(cluster: RealCluster) -> str:
 
 def traces(machine: VirtualMachine) -> str:
     """Return what a cluster must leave, or leave again, as it was on a machine: all but installed packages."""
-    return machine.run(TRACES).ok()
+    return machine.run(f"{ACCOUNTS}\n{TRACES}").ok()

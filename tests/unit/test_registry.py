@@ -138,3 +138,21 @@ def test_every_machine_learns_the_authority(
     assert sorted(name for name, _, _ in scripts) == ["c1", "c2"]
     assert all("-----BEGIN CERTIFICATE-----" in text for _, text, _ in scripts)
     assert all(arguments == ["192.0.2.1:5000", "192.0.2.1:5001"] for _, _, arguments in scripts)
+
+
+@pytest.mark.parametrize("others", [[], ["registry.example:5443"]], ids=["nobody else's", "somebody else's, too"])
+def test_trust_leaves_the_certificates_of_others_and_no_directory_that_was_not_there(
+    settings: config.Config, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
+    certificates = tmp_path / "certs.d"
+    monkeypatch.setattr(registry, "CERTIFICATES", certificates)
+    for other in others:
+        (certificates / other).mkdir(parents=True)
+    head = Machine(name="head", addr="192.0.2.1", roles=frozenset({"head"}))
+    registry.ensure_trust(settings, state, [head])
+    authority = (certificates / "192.0.2.1:5001" / "ca.crt").read_text()
+    assert authority == state.path("ca.crt").read_text()
+    for _ in range(2):
+        registry.remove_trust(settings, [head])
+        assert [path.name for path in certificates.glob("*")] == others
+        assert certificates.exists() == bool(others)
