@@ -253,6 +253,7 @@ def test_while_a_call_of_a_lease_waits_another_is_made_beside_it_for_the_next(
     assert beside.said == ["started", "frozen", "thawed"]
     assert others() == [beside], "whoever finds one does not wait for more"
     monkeypatch.setattr("agent.pool._SETTLE_S", 0.02)
+    os.eventfd_write(machine.pool._wake, 1)  # it may be asleep for as long as that was before
     machine.wait_until_full()
 
 
