@@ -57,3 +57,15 @@ def test_job_without_a_call_is_told_too_when_slurmd_is_killed(cluster: LiveClust
         assert result.exit_status != 0
         assert "Node failure" in result.stdout
         load.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_worker_that_slurm_gave_up_takes_jobs_soon_after_its_slurmd_answers(cluster: LiveCluster) -> None:
+    worker = cluster.workers[0]
+    cluster.in_service("slurmd", "kill -STOP $(pidof slurmd)", worker).ok()
+    try:
+        wait_until(lambda: "down" in cluster.nodes()[worker], timeout_s=150, what=f"{worker} is given up")
+    finally:
+        cluster.in_service("slurmd", "kill -CONT $(pidof slurmd)", worker).ok()
+    wait_until(lambda: cluster.nodes()[worker] == "idle", timeout_s=90, what=f"{worker} takes jobs")

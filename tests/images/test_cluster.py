@@ -263,6 +263,18 @@ def test_end_of_munged_ends_the_container(slurm: Slurm) -> None:
     slurm.wait_until_answering()
 
 
+def test_slurmd_waits_for_a_slurmctld_that_does_not_answer(slurm: Slurm) -> None:
+    slurm.slurmd.stop()
+    run([docker_cli(), "pause", slurm.slurmctld.name], timeout_s=30)
+    try:
+        run([docker_cli(), "start", slurm.slurmd.name], timeout_s=30)
+        timed_out = "slurm_load_partitions: Socket timed out"
+        wait_until(lambda: timed_out in slurm.slurmd.log(), timeout_s=60, what="it was not answered once")
+    finally:
+        run([docker_cli(), "unpause", slurm.slurmctld.name], timeout_s=30)
+    slurm.wait_until_answering()
+
+
 @pytest.mark.slow
 def test_node_whose_clock_is_off_takes_no_jobs_and_comes_back_by_itself(
     slurm: Slurm, network: str, start: Start

@@ -39,7 +39,7 @@ def told(clocks: ModuleType, agent: None, tmp_path: Path, monkeypatch: pytest.Mo
     told.touch()
     reason.write_text("none")
     for name, does in {
-        "sinfo": f'echo "{socket.gethostname()}|$(cat {reason})"',
+        "sinfo": f'echo "{socket.gethostname()}|{HERE}|$(cat {reason})"',
         "scontrol": f'printf "%s;" "$@" >>{told}',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
@@ -99,12 +99,12 @@ def test_doctor_names_the_same_clocks(clocks: ModuleType) -> None:
 def test_only_what_this_check_drained_is_resumed_and_no_reason_of_others_is_overwritten(
     clocks: ModuleType, offset_s: float, reason: str, settings: list[str] | None
 ) -> None:
-    told = clocks.changes([clocks.Clock("c1", offset_s, 0.01)], {"c1": reason, "c2": AHEAD})
+    told = clocks.changes([clocks.Clock("c1", offset_s, 0.01)], {"c1": reason, "c2": AHEAD}, back=())
     assert told == ({"c1": settings} if settings else {})
 
 
 def test_a_machine_that_is_no_node_is_let_alone(clocks: ModuleType) -> None:
-    assert clocks.changes([clocks.Clock("c3", 600.0, 0.01)], {"c1": "none"}) == {}
+    assert clocks.changes([clocks.Clock("c3", 600.0, 0.01)], {"c1": "none"}, back=()) == {}
 
 
 def test_an_agent_tells_its_time(clocks: ModuleType, agent: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +140,28 @@ def test_a_node_is_drained_while_its_clock_is_off(
     pretend(clocks, monkeypatch, 0.0)
     clocks.main()
     assert told.read_text() == f"update;nodename={node};state=resume;"
+
+
+@pytest.mark.parametrize(("ahead_s", "settings"), [(0.0, "state=resume;"), (-600.0, f"state=drain;reason={AHEAD};")])
+def test_a_node_that_slurm_gave_up_is_resumed_once_its_slurmd_listens_and_its_clock_is_right(
+    clocks: ModuleType, told: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float, settings: str
+) -> None:
+    pretend(clocks, monkeypatch, ahead_s)
+    (told.parent / "reason").write_text(clocks.SILENT)
+    with socket.create_server((HERE, 0)) as slurmd:
+        monkeypatch.setattr(clocks, "SLURMD_PORT", slurmd.getsockname()[1])
+        clocks.main()
+    assert told.read_text() == f"update;nodename={socket.gethostname()};{settings}"
+
+
+def test_a_node_whose_slurmd_is_away_stays_given_up(
+    clocks: ModuleType, told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server((HERE, 0)) as probe:
+        monkeypatch.setattr(clocks, "SLURMD_PORT", probe.getsockname()[1])
+    (told.parent / "reason").write_text(clocks.SILENT)
+    clocks.main()
+    assert told.read_text() == ""
 
 
 def test_where_slurm_says_nothing_nothing_is_told_and_the_failure_is_said(clocks: ModuleType, told: Path) -> None:

@@ -1,17 +1,22 @@
-"""Let a node whose clock is off take no jobs, with the reason, until it is right again.
+"""Let a node whose clock is off take no jobs, with the reason, until it is right again, and see who is back.
 
 Runs once a minute in slurmctld's container (cluster-role). The node cannot do it itself, as it does with other faults
 (node-health): MUNGE refuses what was said more than 300 s ago or is dated ahead by more (munged(8), --max-ttl), so
 neither does Slurm hear such a node nor it Slurm. The agents, though, tell their time to whoever connects to them.
 
+Slurm itself takes minutes to see that a node that it gave up answers again: such nodes it does not ping
+(ping_nodes in its ping_nodes.c), only asks for their registration now and then. One whose slurmd takes connections is
+resumed, which has it asked at once.
+
 Only a drain that was made here is ended here; a person's, or another check's, is left alone.
 """
 
+import itertools
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,6 +28,7 @@ REASON = "its clock is "
 SILENT = "Not responding"
 """What Slurm itself says of a node that it does not hear (set_node_down in its node_mgr.c)."""
 
+SLURMD_PORT = 6818
 ASK_S = 5.0
 SLURM_S = 20.0
 PARALLEL = 16
@@ -62,12 +68,22 @@ def read(address: str) -> Clock | None:
         return None
 
 
-def changes(clocks: Iterable[Clock], reasons: Mapping[str, str]) -> dict[str, list[str]]:
+def takes_connections(address: str) -> bool:
+    """Return whether a slurmd listens there."""
+    try:
+        socket.create_connection((address, SLURMD_PORT), timeout=ASK_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def changes(clocks: Iterable[Clock], reasons: Mapping[str, str], back: Container[str]) -> dict[str, list[str]]:
     """Return what Slurm is to be told of which nodes, as settings of `scontrol update`.
 
     Args:
         clocks: the nodes' clocks, as far as they are known.
         reasons: why nodes take no jobs, as `sinfo` has it; "none" of those that do.
+        back: the nodes that Slurm gave up and whose slurmd listens.
     """
     told = {}
     for clock in clocks:
@@ -75,18 +91,21 @@ def changes(clocks: Iterable[Clock], reasons: Mapping[str, str]) -> dict[str, li
         is_ours = reason.startswith(REASON)
         if clock.fault and (is_ours or reason in ("none", SILENT)) and reason != clock.fault:
             told[clock.node] = ["state=drain", f"reason={clock.fault}"]
-        elif is_ours and not clock.fault:
+        elif not clock.fault and (is_ours or clock.node in back):
             told[clock.node] = ["state=resume"]
     return told
 
 
 def main() -> None:
-    """Look at all nodes' clocks once."""
+    """Look at all nodes once."""
+    said = slurm("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N|%o|%E")
+    nodes = [line.split("|", 2) for line in said.splitlines()]
+    given_up = {node: address for node, address, reason in nodes if reason == SILENT}
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         clocks = [clock for clock in pool.map(read, agents()) if clock]
-    said = slurm("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N|%E")
-    reasons = dict(line.split("|", 1) for line in said.splitlines())
-    for node, settings in changes(clocks, reasons).items():
+        listens = pool.map(takes_connections, given_up.values())
+        back = set(itertools.compress(given_up, listens))
+    for node, settings in changes(clocks, {node: reason for node, _, reason in nodes}, back).items():
         slurm("scontrol", "update", f"nodename={node}", *settings)
 
 
