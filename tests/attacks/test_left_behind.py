@@ -88,10 +88,18 @@ def test_the_looker_sees_what_is_there(cluster: LiveCluster) -> None:
 def test_what_is_left_by_one_job_does_not_end_another_of_the_same_user(cluster: LiveCluster) -> None:
     worker = cluster.workers[0]
     shared = ("-p", "shared", "-n1", "-c1", "--mem=16", "-w", worker)
-    first = cluster.sbatch("sleep 8; test -e /tmp/of-the-first-$SLURM_JOB_ID || exit 3", "test_user1", *shared)
+    first = cluster.sbatch(
+        "until [ -e released ]; do sleep 0.2; done; test -e /tmp/of-the-first-$SLURM_JOB_ID", "test_user1", *shared
+    )
     cluster.wait_until_runs(first)
-    if int(cluster.slurm(f"sinfo -h -n {worker} -p shared -o %c")) > 1:
-        cluster.user(["srun", *shared, "touch", f"/tmp/of-the-first-{first}"], "test_user1").ok()
-        assert cluster.wait_for_state(first, "COMPLETED", "FAILED")["state"] == "COMPLETED"
-    else:
+    try:
+        if int(cluster.slurm(f"sinfo -h -n {worker} -p shared -o %c")) > 1:
+            second = cluster.sbatch(f"touch /tmp/of-the-first-{first}", "test_user1", *shared)
+            cluster.wait_for_state(second, "COMPLETED")
+            is_there = f"squeue -h -j {second} 2>/dev/null || true"
+            wait_until(lambda: not cluster.slurm(is_there).strip(), timeout_s=30, what="the second's epilog has run")
+            cluster.user(["touch", "released"], "test_user1").ok()
+            assert cluster.wait_for_state(first, "COMPLETED", "FAILED")["state"] == "COMPLETED"
+    finally:
         cluster.slurm(f"scancel {first}")
+        cluster.user(["rm", "-f", "released"], "test_user1").ok()

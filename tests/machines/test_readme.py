@@ -40,8 +40,9 @@ def test_image_that_is_missing_is_loaded_from_a_file(cluster: RealCluster) -> No
 def test_second_up_changes_nothing(cluster: RealCluster) -> None:
     def seen() -> str:
         # No service's version: `docker stack deploy` counts it on where nothing has changed.
-        there = [cluster.head.run("docker ps -q --no-trunc | sort; docker node ls -q; exportfs -s").ok()]
-        return "\n".join(there + [worker.run("docker ps -q --no-trunc | sort").ok() for worker in cluster.workers])
+        services = "docker ps -q --no-trunc --filter label=com.docker.swarm.service.id | sort"
+        there = [cluster.head.run(f"{services}; docker node ls -q; exportfs -s").ok()]
+        return "\n".join(there + [worker.run(services).ok() for worker in cluster.workers])
 
     before = seen()
     cluster.invoke("up", timeout_s=UP_TIMEOUT_S).ok()
