@@ -272,7 +272,8 @@ def test_slurmd_waits_for_a_slurmctld_that_does_not_answer(slurm: Slurm) -> None
         wait_until(lambda: timed_out in slurm.slurmd.log(), timeout_s=60, what="it was not answered once")
     finally:
         run([docker_cli(), "unpause", slurm.slurmctld.name], timeout_s=30)
-    slurm.wait_until_answering()
+    slurm.slurmd.wait_until_healthy()
+    assert slurm.script("echo hello").strip() == "hello"
 
 
 @pytest.mark.slow
