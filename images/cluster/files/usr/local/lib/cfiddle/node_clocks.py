@@ -98,11 +98,11 @@ def changes(clocks: Iterable[Clock], reasons: Mapping[str, str], back: Container
 
 def main() -> None:
     """Look at all nodes once."""
-    said = slurm("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N|%o|%E")
-    nodes = [line.split("|", 2) for line in said.splitlines()]
-    given_up = {node: address for node, address, reason in nodes if reason == SILENT}
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         clocks = [clock for clock in pool.map(read, agents()) if clock]
+        said = slurm("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N|%o|%E")
+        nodes = [line.split("|", 2) for line in said.splitlines()]
+        given_up = {node: address for node, address, reason in nodes if reason == SILENT}
         listens = pool.map(takes_connections, given_up.values())
         back = set(itertools.compress(given_up, listens))
     for node, settings in changes(clocks, {node: reason for node, _, reason in nodes}, back).items():
