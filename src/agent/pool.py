@@ -29,7 +29,7 @@ from agent.policy import Limits, Profile
 from agent.quiet import Quiet
 from agent.sandboxes import Abandoned, Sandbox, SandboxError, Sandboxes, State
 
-_BOOT_S = 30.0
+_BOOT_S = 30.0 * float(os.environ.get("CFIDDLE_PATIENCE", "1"))
 _SETTLE_S = 0.02
 """Nothing has been measured for so long when work begins: a call that follows another comes sooner."""
 _WORKING_LOOK_S = 0.005

@@ -20,8 +20,6 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from docker.models.services import Service
-
 from cfiddle_cluster import engine, services, slurm, users
 from cfiddle_cluster.commands import docker_cli
 from cfiddle_cluster.config import STACK, Config
@@ -165,7 +163,7 @@ def restore_services(state: State, archive: Archive) -> None:
     )
     _end_lost_jobs(archive)
     # slurmctld knows the workers by the addresses that they had; each tells its new one when its slurmd starts.
-    _service("slurmd").force_update()
+    services.update("slurmd", "--force", "--detach")
     state.path(_MARKER).unlink()
 
 
@@ -228,11 +226,7 @@ def _stopped(service: str) -> Iterator[None]:
 
 
 def _scale(service: str, replicas: int) -> None:
-    _service(service).scale(replicas)
-
-
-def _service(name: str) -> Service:
-    return engine.client().services.get(f"{STACK}_{name}")
+    services.update(service, f"--replicas={replicas}", "--detach")
 
 
 def _mountpoint(volume: str) -> Path:

@@ -21,6 +21,8 @@ START_PERIOD_S = 300
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
 
+UPDATE_TIMEOUT_S = 180
+
 _BUSY = "DeadlineExceeded"
 """What an engine says that gave up its own question to the swarm."""
 
@@ -61,6 +63,15 @@ def container(service: str) -> Container | None:
     label = f"com.docker.swarm.service.name={STACK}_{service}"
     running = engine.client().containers.list(ignore_removed=True, filters={"label": label, "status": "running"})
     return max(running, key=lambda found: str(found.attrs["Created"]), default=None)
+
+
+def update(service: str, *options: str) -> None:
+    """Change one of the services by options of `docker service update`, and nothing else of it.
+
+    docker-py would write an engine's defaults into it, which the next `docker stack deploy` takes for a change.
+    """
+    argv = [docker_cli(), "service", "update", "--quiet", *options, f"{STACK}_{service}"]
+    run(argv, timeout_s=UPDATE_TIMEOUT_S)
 
 
 def wait_until_healthy(service: str = "", *, timeout_s: float) -> None:

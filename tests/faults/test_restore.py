@@ -7,9 +7,11 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cfiddle_cluster import services
 from live import LiveCluster, docker, invoke, snapshot
 
 LABEL = "label=cfiddle.cluster=cfiddle"
@@ -73,6 +75,18 @@ def _nothing_is_left(cluster: LiveCluster) -> None:
         assert docker(*kind, "-q", "--filter", LABEL).ok() == "", kind
     assert not cluster.config.state_dir.exists()
     assert not cluster.config.home_root.exists()
+
+
+def test_backup_leaves_every_service_as_it_was_deployed(cluster: LiveCluster, tmp_path: Path) -> None:
+    before = _specifications()
+    invoke("backup", str(tmp_path / "cluster.backup"), timeout_s=120).ok()
+    assert _specifications() == before, "the next up has nothing to change"
+    cluster.wait_until_idle(timeout_s=60)
+
+
+def _specifications() -> dict[str, Any]:
+    """Return what the swarm was told of each service; `docker service inspect` adds the engine's defaults."""
+    return {str(service.name): service.attrs["Spec"] for service in services.services()}
 
 
 def test_backup_of_another_version_is_refused(cluster: LiveCluster, tmp_path: Path) -> None:
