@@ -163,7 +163,7 @@ def restore_services(state: State, archive: Archive) -> None:
     )
     _end_lost_jobs(archive)
     # slurmctld knows the workers by the addresses that they had; each tells its new one when its slurmd starts.
-    services.update("slurmd", "--force", "--detach")
+    services.restart("slurmd")
     state.path(_MARKER).unlink()
 
 
@@ -210,12 +210,12 @@ def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
 @contextmanager
 def _stopped(service: str) -> Iterator[None]:
     """Have no container of a service of the head for a while; it saves what it knows when it ends."""
-    _scale(service, 0)
+    services.scale(service, 0)
     try:
         wait_until(lambda: services.container(service) is None, timeout_s=STOP_TIMEOUT_S, what=f"{service} to stop")
         yield
     finally:
-        _scale(service, 1)
+        services.scale(service, 1)
     name = f"{STACK}_{service}"
     wait_until(
         lambda: name not in services.unhealthy(),
@@ -223,10 +223,6 @@ def _stopped(service: str) -> Iterator[None]:
         what=f"{service} to run again",
         remedy=f"./invoke logs {service} shows why not; ./invoke up goes on",
     )
-
-
-def _scale(service: str, replicas: int) -> None:
-    services.update(service, f"--replicas={replicas}", "--detach")
 
 
 def _mountpoint(volume: str) -> Path:

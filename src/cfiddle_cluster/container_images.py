@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection
 import docker.errors
 
 from agent import policy
-from cfiddle_cluster import distribution, engine, registry, services, stack
+from cfiddle_cluster import distribution, engine, registry, stack
 from cfiddle_cluster.commands import CommandError, docker_cli, run
-from cfiddle_cluster.config import Config
+from cfiddle_cluster.config import STACK, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine, on_each
+from cfiddle_cluster.services import container
 from cfiddle_cluster.state import State
 
 SERVICE = "user-registry"
@@ -21,6 +22,7 @@ _COLLECT = ["docker-registry", "garbage-collect", "--delete-untagged", "/etc/doc
 _CLEAR = ["find", "/var/lib/registry", "-type", "d", "-name", "_uploads", "-prune", "-exec", "rm", "-r", "{}", "+"]
 # What that says of a registry that nobody has pushed to.
 _NEVER_USED = "Path not found: /docker/registry/v2/repositories"
+_RESTART_TIMEOUT_S = 180
 _COLLECT_TIMEOUT_S = 3600
 
 
@@ -60,11 +62,12 @@ def free_space() -> str:
     Raises:
         ClusterError: the registry does not run.
     """
-    if services.container(SERVICE) is None:
+    service = f"{STACK}_{SERVICE}"
+    if container(SERVICE) is None:
         raise ClusterError("the registry of users' images does not run", "./invoke up starts it")
-    services.update(SERVICE, "--env-add", f'{_READ_ONLY}={{"enabled":true}}')
+    _update(service, "--env-add", f'{_READ_ONLY}={{"enabled":true}}')
     try:
-        found = services.container(SERVICE)
+        found = container(SERVICE)
         if found is None:
             raise ClusterError("the registry of users' images did not come back read-only", "./invoke status")
         inside = [docker_cli(), "exec", str(found.id)]
@@ -75,7 +78,11 @@ def free_space() -> str:
             return "no image was ever committed"
         raise
     finally:
-        services.update(SERVICE, "--env-rm", _READ_ONLY)
+        _update(service, "--env-rm", _READ_ONLY)
+
+
+def _update(service: str, *options: str) -> None:
+    run([docker_cli(), "service", "update", "--quiet", *options, service], timeout_s=_RESTART_TIMEOUT_S)
 
 
 def _must_be_here(name: str) -> None:

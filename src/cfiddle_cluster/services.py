@@ -21,8 +21,6 @@ START_PERIOD_S = 300
 NAMESPACE = "com.docker.stack.namespace"
 """The label by which Docker marks what belongs to a stack."""
 
-UPDATE_TIMEOUT_S = 180
-
 _BUSY = "DeadlineExceeded"
 """What an engine says that gave up its own question to the swarm."""
 
@@ -65,13 +63,16 @@ def container(service: str) -> Container | None:
     return max(running, key=lambda found: str(found.attrs["Created"]), default=None)
 
 
-def update(service: str, *options: str) -> None:
-    """Change one of the services by options of `docker service update`, and nothing else of it.
+def scale(service: str, replicas: int) -> None:
+    """Have so many containers of one of the head's services."""
+    _update(service, mode={"Replicated": {"Replicas": replicas}})
 
-    docker-py would write an engine's defaults into it, which the next `docker stack deploy` takes for a change.
-    """
-    argv = [docker_cli(), "service", "update", "--quiet", *options, f"{STACK}_{service}"]
-    run(argv, timeout_s=UPDATE_TIMEOUT_S)
+
+def restart(service: str) -> None:
+    """Replace each container of a service by one like it."""
+    found = engine.client().services.get(f"{STACK}_{service}")
+    template = found.attrs["Spec"]["TaskTemplate"]
+    _update(service, task_template=template | {"ForceUpdate": template["ForceUpdate"] + 1})
 
 
 def wait_until_healthy(service: str = "", *, timeout_s: float) -> None:
@@ -166,6 +167,26 @@ def is_manager() -> bool:
             return False
         raise
     return True
+
+
+def _update(service: str, **changed: object) -> None:
+    """Change this of a service's specification and nothing else, or the next `docker stack deploy` changes it back.
+
+    docker-py's `Service.scale` and `force_update` write an engine's defaults into it, and `docker service update` sorts
+    its mounts; either costs a new container.
+    """
+    found = engine.client().services.get(f"{STACK}_{service}")
+    spec = found.attrs["Spec"]
+    kept = {
+        "task_template": spec["TaskTemplate"],
+        "name": spec["Name"],
+        "labels": spec["Labels"],
+        "mode": spec["Mode"],
+        "update_config": spec.get("UpdateConfig"),
+        "rollback_config": spec.get("RollbackConfig"),
+        "endpoint_spec": spec.get("EndpointSpec"),
+    }
+    engine.client().api.update_service(found.id, found.version, **(kept | changed))
 
 
 def _wanted(service: Service) -> int:

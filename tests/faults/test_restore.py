@@ -78,6 +78,7 @@ def _nothing_is_left(cluster: LiveCluster) -> None:
 
 
 def test_backup_leaves_every_service_as_it_was_deployed(cluster: LiveCluster, tmp_path: Path) -> None:
+    assert invoke("up", timeout_s=180).exit_status == 0
     before = _specifications()
     invoke("backup", str(tmp_path / "cluster.backup"), timeout_s=120).ok()
     assert _specifications() == before, "the next up has nothing to change"

@@ -195,14 +195,14 @@ def test_services_come_back_once(
     monkeypatch.setattr(backup, "_load_accounting", lambda _dump: loaded.append(b"accounting"))
     monkeypatch.setattr(backup.slurm, "is_answering", lambda: True)
     monkeypatch.setattr(backup, "_end_lost_jobs", lambda _archive: scaled.append("end lost jobs"))
-    monkeypatch.setattr(backup.services, "update", lambda *argv: scaled.append(argv))
+    monkeypatch.setattr(backup.services, "restart", lambda service: scaled.append(f"restart {service}"))
     scaled.clear()
     for _ in range(2):
         backup.restore_services(fresh, archive)
     assert loaded == [b"accounting"]
     assert scaled[:2] == [("stop", "slurmctld"), ("stop", "slurmdbd")]
     assert scaled[2:4] == [("start", "slurmdbd"), ("start", "slurmctld")]
-    assert scaled[4:] == ["end lost jobs", ("slurmd", "--force", "--detach")]
+    assert scaled[4:] == ["end lost jobs", "restart slurmd"]
     assert (volume / "job_state").read_bytes() == b"\0jobs"
     assert not (volume / "left").exists()
     script = volume / "hash.1" / "job.11" / "script"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cfiddle_cluster import container_images, services
+from cfiddle_cluster import container_images
 from cfiddle_cluster.commands import CommandError
 from cfiddle_cluster.errors import ClusterError
 from samples import config
@@ -21,8 +21,7 @@ class Registry:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, complaint: str) -> None:
         self.updates: list[str] = []
         self.complaint = complaint
-        monkeypatch.setattr(services, "container", lambda _service: self)
-        monkeypatch.setattr(services, "run", self._run)
+        monkeypatch.setattr(container_images, "container", lambda _service: self)
         monkeypatch.setattr(container_images, "run", self._run)
 
     def _run(self, argv: list[str], **_: object) -> str:
