@@ -65,14 +65,14 @@ def container(service: str) -> Container | None:
 
 def scale(service: str, replicas: int) -> None:
     """Have so many containers of one of the head's services."""
-    _update(service, mode={"Replicated": {"Replicas": replicas}})
+    _update(_find(service), mode={"Replicated": {"Replicas": replicas}})
 
 
 def restart(service: str) -> None:
     """Replace each container of a service by one like it."""
-    found = engine.client().services.get(f"{STACK}_{service}")
+    found = _find(service)
     template = found.attrs["Spec"]["TaskTemplate"]
-    _update(service, task_template=template | {"ForceUpdate": template["ForceUpdate"] + 1})
+    _update(found, task_template=template | {"ForceUpdate": template["ForceUpdate"] + 1})
 
 
 def wait_until_healthy(service: str = "", *, timeout_s: float) -> None:
@@ -169,14 +169,17 @@ def is_manager() -> bool:
     return True
 
 
-def _update(service: str, **changed: object) -> None:
+def _find(service: str) -> Service:
+    return engine.client().services.get(f"{STACK}_{service}")
+
+
+def _update(service: Service, **changed: object) -> None:
     """Change this of a service's specification and nothing else, or the next `docker stack deploy` changes it back.
 
     docker-py's `Service.scale` and `force_update` write an engine's defaults into it, and `docker service update` sorts
     its mounts; either costs a new container.
     """
-    found = engine.client().services.get(f"{STACK}_{service}")
-    spec = found.attrs["Spec"]
+    spec = service.attrs["Spec"]
     kept = {
         "task_template": spec["TaskTemplate"],
         "name": spec["Name"],
@@ -186,7 +189,7 @@ def _update(service: str, **changed: object) -> None:
         "rollback_config": spec.get("RollbackConfig"),
         "endpoint_spec": spec.get("EndpointSpec"),
     }
-    engine.client().api.update_service(found.id, found.version, **(kept | changed))
+    engine.client().api.update_service(service.id, service.version, **(kept | changed))
 
 
 def _wanted(service: Service) -> int:
