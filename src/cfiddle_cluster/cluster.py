@@ -131,6 +131,7 @@ class Cluster:
             if images.needs_debian(self.config):
                 packages.ensure_packages([images.BOOTSTRAP])
             built.update(images.build(self.config, report.note))
+            images.ensure_one_python(built, self.state)
 
         def machines_() -> None:
             workers, others = self._ensure_machines(built, report)

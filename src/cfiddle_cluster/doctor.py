@@ -56,9 +56,6 @@ MOST_NAMES = 5
 STRAY_AFTER_S = 5.0
 """An agent removes the sandbox of a job that has ended within two seconds."""
 
-RELEASES = "releases.json"
-"""The file of the state that holds what images say of their Debian and Python, by the image's id."""
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -520,18 +517,9 @@ def _pythons(config: Config, state: State, *, is_running: bool) -> list[Finding]
     if not is_running:
         return []
     try:
-        ids = {name: engine.image_id(reference) for name, reference in images.built(config).items() if name != "base"}
-        known: dict[str, str] = state.read_json(RELEASES, {})
-        unknown = {name: image for name, image in ids.items() if image and image not in known}
-        fresh = images.releases(unknown)
-        if fresh:
-            known = {image: release for image, release in known.items() if image in ids.values()}
-            known |= {unknown[name]: release for name, release in fresh.items()}
-            if state.exists:
-                state.write_json(RELEASES, known)
+        found = images.releases(images.built(config), state)
     except ClusterError as error:
         return [Finding(MEND, head, error.message.splitlines()[0], error.remedy or "./invoke build")]
-    found = {name: known[image] for name, image in ids.items() if image}
     if not found:
         return [Finding(OK, head, "no images yet: ./invoke up builds them")]
     kinds = sorted(set(found.values()), key=list(found.values()).count)

@@ -13,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfiddle_cluster import package_access
+from cfiddle_cluster import engine, package_access
 from cfiddle_cluster.commands import CommandError, docker_cli, run
 from cfiddle_cluster.config import LABEL, Config
 from cfiddle_cluster.errors import ClusterError
 from cfiddle_cluster.machines import Machine
+from cfiddle_cluster.state import State
 
 BUILD_TIMEOUT_S = 1800
 _AT_ONCE = 3
@@ -25,6 +26,9 @@ _AT_ONCE = 3
 
 BOOTSTRAP = "mmdebstrap"
 """The package that makes the Debian which the base is built on, where none can be pulled."""
+
+RELEASES = "releases.json"
+"""What images said that were looked into, by their identities; a file of the state."""
 
 TASK_IMAGE = "my_task_image:latest"
 """What the image `task` is called on an engine where people work without a cluster."""
@@ -159,7 +163,7 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
         names: which; all that the cluster needs if left out.
 
     Raises:
-        ClusterError: a build fails, or the images are not of one Debian release and one Python.
+        ClusterError: a build fails.
     """
     wanted = _with_parents(needed(config) if names is None else names)
     references = {name: reference(config, name) for name in wanted}
@@ -168,7 +172,6 @@ def build(config: Config, report: Callable[[str], None] = print, names: Iterable
     if missing:
         with tempfile.TemporaryDirectory(prefix="cfiddle-build-") as scratch:
             _build_all(config, missing, references, Path(scratch), report)
-        ensure_one_python(references)
     return references
 
 
@@ -216,7 +219,7 @@ def ensure_task_image(config: Config, report: Callable[[str], None] = print) -> 
     return reference
 
 
-def ensure_one_python(references: dict[str, str]) -> None:
+def ensure_one_python(references: Mapping[str, str], state: State) -> None:
     """Prove that all images are of one Debian release and have one and the same Python.
 
     A pickled function runs only where the interpreter is the same, and a library only where libc is.
@@ -224,7 +227,7 @@ def ensure_one_python(references: dict[str, str]) -> None:
     Raises:
         ClusterError: they are not; the message says which image has what.
     """
-    found = releases({name: reference for name, reference in references.items() if name != "base"})
+    found = releases(references, state)
     if len(set(found.values())) > 1:
         lines = "\n".join(f"  {references[name]}: {release}" for name, release in sorted(found.items()))
         raise ClusterError(
@@ -233,8 +236,23 @@ def ensure_one_python(references: dict[str, str]) -> None:
         )
 
 
-def releases(references: dict[str, str]) -> dict[str, str]:
-    """Return what each image says of its Debian release and its Python, by name."""
+def releases(references: Mapping[str, str], state: State) -> dict[str, str]:
+    """Return what the images that are there say of their Debian release and their Python, by name.
+
+    An image is looked into once: what it said is in the state. The base has no Python, and is left out.
+    """
+    ids = {name: engine.image_id(reference) for name, reference in references.items() if name != "base"}
+    known: dict[str, str] = state.read_json(RELEASES, {})
+    unknown = {image: references[name] for name, image in ids.items() if image and image not in known}
+    if unknown:
+        known = {image: release for image, release in known.items() if image in ids.values()}
+        known |= _look_into(unknown)
+        if state.exists:
+            state.write_json(RELEASES, known)
+    return {name: known[image] for name, image in ids.items() if image}
+
+
+def _look_into(references: Mapping[str, str]) -> dict[str, str]:
     program = '. /etc/os-release; echo "$PRETTY_NAME, $(/usr/bin/python3 --version)"'
 
     def release(reference: str) -> str:

@@ -8,16 +8,18 @@ import pytest
 
 from cfiddle_cluster import config, images
 from cfiddle_cluster.commands import CommandError, docker_cli, run
+from cfiddle_cluster.state import State
 from containers import Container, Start
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.timeout(1800)
-def test_all_images_are_of_one_release_and_have_one_python() -> None:
+def test_all_images_are_of_one_release_and_have_one_python(tmp_path: Path) -> None:
     settings = config.load(ROOT)
     references = images.build(settings, lambda _text: None)
-    found = images.releases({name: reference for name, reference in references.items() if name != "base"})
+    found = images.releases(references, State(tmp_path))
+    assert set(found) == set(references) - {"base"}
     assert len(set(found.values())) == 1, found
     assert settings.debian_release in found["sandbox"]
     assert "Python 3." in found["sandbox"]

@@ -62,6 +62,7 @@ class World:
         self._replace("tuning", "undo", self._note("tuning.undo", self.changed))
         self._replace("slurm", "is_answering", lambda: True)
         self._replace("images", "needs_debian", lambda _config: self.needs_debian)
+        self._replace("images", "ensure_one_python", lambda _references, _state: None)
         self._replace("images", "build", self._note("images.build", {"machine": "m:1", "registry": "r:1"}))
         self._replace("distribution", "distribute", self._note("distribution.distribute", {}))
         self._replace("upgrade", "roll_out", self._roll_out)

@@ -393,43 +393,26 @@ def test_account_without_a_password_is_told_and_nobody_is_asked(
     assert "DOCKERHUB_TOKEN" in patient.only(MEND).mend
 
 
-def _releases(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch, found: dict[str, str]
-) -> tuple[list[Finding], list[Any]]:
-    """Return what is found of images with these releases, and which of them were looked into."""
-    asked: list[Any] = []
-
-    def look(references: dict[str, str]) -> dict[str, str]:
-        asked.extend(references)
-        return {name: found[name] for name in references}
-
-    monkeypatch.setattr(
-        doctor.images, "built", lambda _config: {name: f"cfiddle-{name}:1" for name in ("base", *found)}
-    )
-    monkeypatch.setattr(doctor.images, "releases", look)
-    monkeypatch.setattr(doctor.engine, "image_id", lambda reference: f"sha256:{reference}")
-    return doctor._pythons(patient.config, patient.state, is_running=True), asked
-
-
 # The fixture puts a stand-in there.
 _pythons = doctor._pythons
 
 
-def test_images_must_have_one_python(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_pythons", _pythons)
-    same = dict.fromkeys(("user", "sandbox", "cluster"), "Debian 13, Python 3.13.5")
-    (found,), _ = _releases(patient, monkeypatch, same)
-    assert (found.level, found.what) == (OK, "3 images with Debian 13, Python 3.13.5")
-    (found,), _ = _releases(patient, monkeypatch, same | {"sandbox": "Debian 12, Python 3.11.2"})
-    assert found.level == MEND
-    assert "cfiddle-sandbox has Debian 12, Python 3.11.2" in found.what
-
-
-def test_image_is_looked_into_once(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_pythons", _pythons)
-    patient.state.path("secrets").mkdir()
-    assert _releases(patient, monkeypatch, {"user": "13", "sandbox": "13"})[1] == ["user", "sandbox"]
-    assert _releases(patient, monkeypatch, {"user": "13", "sandbox": "13", "agent": "13"})[1] == ["agent"]
+@pytest.mark.parametrize(
+    ("odd", "level", "what"),
+    [
+        ("Debian 13, Python 3.13.5", OK, "3 images with Debian 13, Python 3.13.5"),
+        ("Debian 12, Python 3.11.2", MEND, "cfiddle-sandbox has Debian 12, Python 3.11.2"),
+    ],
+)
+def test_images_must_have_one_python(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, odd: str, level: str, what: str
+) -> None:
+    found = dict.fromkeys(("user", "cluster"), "Debian 13, Python 3.13.5") | {"sandbox": odd}
+    monkeypatch.setattr(doctor.images, "built", lambda _config: {})
+    monkeypatch.setattr(doctor.images, "releases", lambda *_args: found)
+    (finding,) = _pythons(patient.config, patient.state, is_running=True)
+    assert finding.level == level
+    assert what in finding.what
 
 
 # --- what sandboxes leave --------------------------------------------------------------------------------------------

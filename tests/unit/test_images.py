@@ -11,6 +11,7 @@ import pytest
 from cfiddle_cluster import config, images, package_access
 from cfiddle_cluster.commands import CommandError
 from cfiddle_cluster.errors import ClusterError
+from cfiddle_cluster.state import State
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,10 +198,34 @@ def test_failing_build_names_the_image_and_says_what_to_do(checkout: config.Conf
     assert "./invoke build" in raised.value.remedy
 
 
-def test_two_pythons_are_refused_by_name(checkout: config.Config, docker: FakeDocker) -> None:
+@pytest.fixture
+def state(tmp_path: Path, docker: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> State:
+    """Return the state of a cluster whose engine has the images that docker knows."""
+    state = State(tmp_path / "state")
+    state.path("secrets").mkdir(parents=True)
+    monkeypatch.setattr(
+        images.engine, "image_id", lambda reference: f"id of {reference}" if reference in docker.existing else ""
+    )
+    return state
+
+
+def test_two_pythons_are_refused_by_name(checkout: config.Config, docker: FakeDocker, state: State) -> None:
     docker.releases = ["Debian 13, Python 3.13.5", "Debian 13, Python 3.13.9"]
+    references = images.build(checkout, lambda _text: None)
     with pytest.raises(ClusterError, match=r"cfiddle-common:.*Python 3\.13\.[59]"):
-        images.build(checkout, lambda _text: None)
+        images.ensure_one_python(references, state)
+
+
+def test_an_image_is_looked_into_once(docker: FakeDocker, state: State) -> None:
+    def looked_into(*names: str) -> list[str]:
+        docker.commands.clear()
+        images.ensure_one_python({name: f"cfiddle-{name}:1" for name in ("base", *names)}, state)
+        return [word for command in docker.commands for word in command if word.startswith("cfiddle-")]
+
+    docker.existing += [f"cfiddle-{name}:1" for name in ("base", "user", "sandbox", "agent")]
+    assert sorted(looked_into("user", "sandbox")) == ["cfiddle-sandbox:1", "cfiddle-user:1"]
+    assert looked_into("user", "sandbox", "agent", "absent") == ["cfiddle-agent:1"]
+    assert not looked_into("user", "sandbox", "agent")
 
 
 def test_every_image_of_the_checkout_has_a_dockerfile_and_is_known() -> None:
