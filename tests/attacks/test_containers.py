@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from live import LiveCluster, Result, UsersContainer, docker, wait_until
+from live import PATIENCE, LiveCluster, Result, UsersContainer, docker, wait_until
 
 VICTIM, THIEF = "test_user1", "test_user2"
 NAME = "my_task_container_0"
@@ -471,19 +471,19 @@ def test_nothing_is_left_for_the_next(
 
 @pytest.mark.timeout(200)
 def test_fork_bomb_is_contained_and_others_start(cluster: LiveCluster, thief: Callable[..., Result]) -> None:
-    bomb = r"""
+    bomb = f"""
 import os, signal, time
 children = []
 try:
     while True:
         child = os.fork()
         if not child:
-            time.sleep(60)
+            time.sleep({60 * PATIENCE})
             os._exit(0)
         children.append(child)
 except BlockingIOError:
     print("stopped at", len(children), flush=True)
-time.sleep(8)
+time.sleep({8 * PATIENCE})
 for child in children:
     os.kill(child, signal.SIGKILL)
 """
@@ -492,7 +492,7 @@ for child in children:
     assert int(line.split()[2]) < 512
     other = cluster.user(["cm", "run", "--name", NAME, "--cmd", "hostname"], VICTIM)
     assert other.ok() == f"command output:\n{NAME}\n"
-    assert other.seconds < 10
+    assert other.seconds < 8 * PATIENCE
     bombing.wait(timeout_s=60)
 
 
@@ -521,7 +521,7 @@ while True:
         assert listed.ok().startswith("There are 1 containers:\n"), "the victim's machine answers"
         ran = cluster.user(["cm", "run", "--name", NAME, "--cmd", "hostname"], VICTIM)
         assert ran.ok() == f"command output:\n{NAME}\n"
-        assert listed.seconds + ran.seconds < 10
+        assert listed.seconds + ran.seconds < 10 * PATIENCE
     finally:
         flood.end()
 
