@@ -27,7 +27,7 @@ _AT_ONCE = 3
 BOOTSTRAP = "mmdebstrap"
 """The package that makes the Debian which the base is built on, where none can be pulled."""
 
-RELEASES = "releases.json"
+_RELEASES = "releases.json"
 """What images said that were looked into, by their identities; a file of the state."""
 
 TASK_IMAGE = "my_task_image:latest"
@@ -242,13 +242,13 @@ def releases(references: Mapping[str, str], state: State) -> dict[str, str]:
     An image is looked into once: what it said is in the state. The base has no Python, and is left out.
     """
     ids = {name: engine.image_id(reference) for name, reference in references.items() if name != "base"}
-    known: dict[str, str] = state.read_json(RELEASES, {})
+    known: dict[str, str] = state.read_json(_RELEASES, {})
     unknown = {image: references[name] for name, image in ids.items() if image and image not in known}
     if unknown:
         known = {image: release for image, release in known.items() if image in ids.values()}
         known |= _look_into(unknown)
         if state.exists:
-            state.write_json(RELEASES, known)
+            state.write_json(_RELEASES, known)
     return {name: known[image] for name, image in ids.items() if image}
 
 

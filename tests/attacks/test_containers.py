@@ -492,7 +492,7 @@ for child in children:
     assert int(line.split()[2]) < 512
     other = cluster.user(["cm", "run", "--name", NAME, "--cmd", "hostname"], VICTIM)
     assert other.ok() == f"command output:\n{NAME}\n"
-    assert other.seconds < 8 * PATIENCE
+    assert other.seconds < 10 * PATIENCE
     bombing.wait(timeout_s=60)
 
 
@@ -521,7 +521,7 @@ while True:
         assert listed.ok().startswith("There are 1 containers:\n"), "the victim's machine answers"
         ran = cluster.user(["cm", "run", "--name", NAME, "--cmd", "hostname"], VICTIM)
         assert ran.ok() == f"command output:\n{NAME}\n"
-        assert listed.seconds + ran.seconds < 10 * PATIENCE
+        assert listed.seconds + ran.seconds < 10
     finally:
         flood.end()
 

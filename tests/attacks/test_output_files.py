@@ -6,7 +6,7 @@ from typing import Any
 from live import PATIENCE, LiveCluster
 
 LIMIT_S = int(8 * PATIENCE)
-"""How long a call may take; one that ends just before is held up by what it left."""
+"""How long a call may take, in seconds; one that ends just before that was held up by what it left."""
 
 # Runs in a job step; one sandbox for each kind of output.
 PROGRAM = """
